@@ -1,0 +1,1 @@
+"""Small self-contained worlds that supply captions, pictures and exact rewards without any download."""
