@@ -1,0 +1,536 @@
+"""Kernels against diffusers, against their published formulas in float64, and against their own discretised law."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+from tropism.base import Kernel, Prediction
+from tropism.denoisers import Clipped, ConsistencyDenoiser, NetDenoiser, consistent, regression_target
+from tropism.models.toy import GaussianDenoiser
+from tropism.samplers import DDIM, ConstantSDE, Consistency, EulerODE, FlowSDE, walk, widen
+from tropism.schedules import EDM, Cosine, RectifiedFlow, ddpm_table, flow_grid, karras_grid, ladder_grid, table_grid
+from tropism.transitions import Categorical
+
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+TOLERANCE = 1e-5
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def wavy(x, number, cond):
+    """A network that no kernel can be right about by accident."""
+    number = number.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return 0.9 * x + 0.3 * torch.sin(3 * x + number / 150)
+
+
+def ours(kernel, denoiser, ts, x, seed):
+    with torch.no_grad():
+        return [move.x_next for move in walk(kernel, denoiser, x, ts, {}, torch.Generator().manual_seed(seed))]
+
+
+def theirs(scheduler, x, seed, **options):
+    generator, states = torch.Generator().manual_seed(seed), []
+    for tau in scheduler.timesteps:
+        output = wavy(x, tau.expand(x.shape[0]), {})
+        x = scheduler.step(output, tau, x, generator=generator, **options).prev_sample
+        states.append(x)
+    return states
+
+
+def worst(ours, theirs):
+    assert len(ours) == len(theirs)
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("target", ["eps", "v"])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_ddim_is_diffusers(eta, target, to_one, offset, record_property):
+    kind = {"eps": "epsilon", "v": "v_prediction"}[target]
+    options = dict(set_alpha_to_one=to_one, steps_offset=offset, clip_sample=False)
+    scheduler = DDIMScheduler(**SD, **options, prediction_type=kind)
+    scheduler.set_timesteps(50)
+    denoiser = NetDenoiser(wavy, ddpm_table(1000, **SD, set_alpha_to_one=to_one), target)
+    x = randn(4, 3, 8, 8)
+    gap = worst(
+        ours(DDIM(eta), denoiser, table_grid(1000, 50, "leading", offset), x, 7), theirs(scheduler, x, 7, eta=eta)
+    )
+    record_property("max_difference", gap)
+    assert gap <= TOLERANCE
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.9, 1.0])
+def test_ddim_at_zero_terminal_snr_is_diffusers(eta):
+    options = dict(timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler = DDIMScheduler(**SD, **options, clip_sample=False)
+    scheduler.set_timesteps(50)
+    denoiser = NetDenoiser(wavy, ddpm_table(1000, **SD, rescale_zero_terminal_snr=True), "v")
+    assert denoiser.schedule.alpha(torch.ones(1)) == 0
+    x, grid = randn(4, 3, 8, 8), table_grid(1000, 50, "trailing")
+    got, wanted = ours(DDIM(eta), denoiser, grid, x, 3), theirs(scheduler, x, 3, eta=eta)
+    if eta < 1:
+        assert worst(got, wanted) <= TOLERANCE
+        return
+    assert (
+        wanted[0].isnan().all()
+    )  # 1 - A - std^2 rounds to less than 0 under diffusers' root: ours is a number, the right one
+    law, prediction = DDIM(1.0)(denoiser, x, grid[:1].expand(4), grid[1:2].expand(4), {})
+    assert torch.stack(got).isfinite().all()
+    torch.testing.assert_close(law.mean, denoiser.schedule.alpha(grid[1:2]) * prediction.x0, rtol=0, atol=5e-4)
+    torch.testing.assert_close(law.std, denoiser.schedule.sigma(grid[1:2]).expand(4), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "clip", [dict(clip_sample=True), dict(clip_sample=False, thresholding=True, sample_max_value=2.0)]
+)
+@pytest.mark.parametrize("rederive", [False, True])
+def test_clipping_is_diffusers(clip, rederive):
+    scheduler = DDIMScheduler(**SD, **clip, steps_offset=1)
+    scheduler.set_timesteps(50)
+    inner = NetDenoiser(wavy, ddpm_table(1000, **SD), "eps")
+    denoiser = Clipped(inner, 2.0, 0.995, rederive) if "thresholding" in clip else Clipped(inner, rederive=rederive)
+    x = randn(4, 3, 8, 8)
+    wanted = theirs(scheduler, x, 3, eta=0.5, use_clipped_model_output=rederive)
+    assert worst(ours(DDIM(0.5), denoiser, table_grid(1000, 50, "leading", 1), x, 3), wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 50), ("trailing", 30)])
+def test_where_ddim_steps_off_its_own_timesteps_the_kernel_can_follow(spacing, steps):
+    scheduler = DDIMScheduler(**SD, timestep_spacing=spacing, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    denoiser, kernel = NetDenoiser(wavy, ddpm_table(1000, **SD), "eps"), DDIM(1.0)
+    x, generator, states = randn(4, 3, 8, 8), torch.Generator().manual_seed(3), []
+    wanted = theirs(scheduler, x, 3, eta=1.0)
+    for tau in scheduler.timesteps:
+        after = max(int(tau) - 1000 // steps, -1)
+        law, _ = kernel(denoiser, x, ((tau + 1) / 1000).expand(4), torch.full((4,), (after + 1) / 1000), {})
+        x = law.sample(generator)
+        states.append(x)
+    assert worst(states, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_is_flow_match_euler(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(50)
+    x = randn(4, 3, 8, 8)
+    got = ours(EulerODE(), NetDenoiser(wavy, RectifiedFlow(shift), "flow"), flow_grid(50, shift), x, 0)
+    assert worst(got, theirs(scheduler, x, 0)) <= TOLERANCE
+    as_ddim = ours(DDIM(0.0), NetDenoiser(wavy, RectifiedFlow(shift), "flow"), flow_grid(50, shift), x, 0)
+    assert worst(got, as_ddim) <= TOLERANCE
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("target", ["eps", "v"])
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_consistency_is_lcm(steps, target, to_one):
+    kind = {"eps": "epsilon", "v": "v_prediction"}[target]
+    scheduler = LCMScheduler(**SD, set_alpha_to_one=to_one, prediction_type=kind)
+    scheduler.set_timesteps(steps)
+    denoiser = ConsistencyDenoiser(NetDenoiser(wavy, ddpm_table(1000, **SD, set_alpha_to_one=to_one), target))
+    x = randn(4, 3, 8, 8)
+    got, wanted = ours(Consistency(), denoiser, ladder_grid(1000, steps), x, 5), theirs(scheduler, x, 5)
+    assert worst(got, wanted) <= TOLERANCE
+
+
+def flow_rows():
+    """Five rows at different times of one shifted grid, the first at pure noise and the last at the last step."""
+    grid = flow_grid(10, 3.0)
+    return grid, grid[[0, 1, 4, 8, 9]], grid[[1, 2, 5, 9, 10]]
+
+
+def test_flow_sde_is_flow_grpo():
+    grid, t, s = flow_rows()
+    x, v = randn(5, 6), randn(5, 6, seed=1)
+    schedule = RectifiedFlow(3.0)
+    law, _ = FlowSDE(0.7)(NetDenoiser(lambda x, number, cond: v, schedule, "flow"), x, t, s, {})
+    for row in range(5):
+        now, after, second = t[row].item(), s[row].item(), grid[1].item()
+        g = 0.7 * math.sqrt(now / (1 - (second if now == 1 else now)))
+        ds = after - now
+        state, velocity = x[row].double(), v[row].double()
+        mean = state * (1 + g**2 / (2 * now) * ds) + velocity * (1 + g**2 * (1 - now) / (2 * now)) * ds
+        std = g * math.sqrt(-ds)
+        torch.testing.assert_close(law.mean[row].double(), mean, rtol=2e-6, atol=2e-6)
+        assert law.std[row].item() == pytest.approx(std, rel=2e-6)
+        shown = randn(6, seed=2)
+        density = torch.distributions.Normal(mean, std).log_prob(shown.double()).sum().item()
+        whole = law.log_prob(shown.expand(5, 6))[row].item()
+        assert whole == pytest.approx(density, rel=1e-5)
+    assert law.is_random.all()
+
+
+def test_constant_sde_is_dance_grpo():
+    _, t, s = flow_rows()
+    x, v = randn(5, 6), randn(5, 6, seed=1)
+    law, prediction = ConstantSDE(0.3)(NetDenoiser(lambda x, number, cond: v, RectifiedFlow(), "flow"), x, t, s, {})
+    for row in range(4):
+        now, ds = t[row].item(), s[row].item() - t[row].item()
+        state, velocity = x[row].double(), v[row].double()
+        clean = state - now * velocity
+        score = -(state - clean * (1 - now)) / now**2
+        mean = state + ds * velocity - 0.5 * 0.3**2 * score * ds
+        torch.testing.assert_close(law.mean[row].double(), mean, rtol=2e-6, atol=2e-6)
+        assert law.std[row].item() == pytest.approx(0.3 * math.sqrt(-ds), rel=2e-6)
+    assert law.is_random.tolist() == [True] * 4 + [False]
+    assert torch.equal(law.mean[4], prediction.x0[4])
+
+
+# ---- the chain's own law: one number per row, a Gaussian target, coefficients written again in float64
+
+MEAN, STD = 0.7, 0.4
+
+
+def scales(schedule, t):
+    one = torch.tensor([t])
+    return schedule.alpha(one).double().item(), schedule.sigma(one).double().item()
+
+
+def belief(schedule, t):
+    """Slopes and offsets of x0 and eps, as functions of x."""
+    alpha, sigma = scales(schedule, t)
+    variance = (alpha * STD) ** 2 + sigma**2
+    clean, noise = alpha * STD**2 / variance, sigma / variance
+    return clean, MEAN - clean * alpha * MEAN, noise, -noise * alpha * MEAN
+
+
+def ddim_step(schedule, t, s, eta):
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = scales(schedule, t), scales(schedule, s)
+    variance = eta**2 * (sigma_s / sigma_t) ** 2 * (sigma_t**2 - (alpha_t * sigma_s / alpha_s) ** 2)
+    a, b, c, d = belief(schedule, t)
+    direction = math.sqrt(max(sigma_s**2 - variance, 0))
+    return alpha_s * a + direction * c, alpha_s * b + direction * d, max(variance, 0)
+
+
+def flow_step(schedule, t, s, eta, kind):
+    a, b, c, d = belief(schedule, t)
+    ds = s - t
+    if kind == "ode" or (kind == "constant" and s == 0):
+        return 1 + (c - a) * ds, (d - b) * ds, 0.0
+    if kind == "constant":
+        lean = eta**2 * ds / (2 * t)
+        return 1 + (c - a) * ds + lean * c, (d - b) * ds + lean * d, -(eta**2) * ds
+    square = eta**2 * t / (1 - (s if t == 1 else t))
+    push = (1 + square * (1 - t) / (2 * t)) * ds
+    return 1 + square * ds / (2 * t) + (c - a) * push, (d - b) * push, -square * ds
+
+
+def renoise_step(schedule, t, s):
+    a, b, _, _ = belief(schedule, t)
+    alpha, sigma = scales(schedule, s) if s > 0 else (1.0, 0.0)
+    return alpha * a, alpha * b, sigma**2
+
+
+TABLE, FLOW = ddpm_table(1000, **SD), RectifiedFlow()
+LEADING, EVEN = table_grid(1000, 40, "leading", 1), flow_grid(20, 1.0, last=1 / 20)
+LAWS = {
+    "ddim-0": (DDIM(0.0), TABLE, LEADING, lambda t, s: ddim_step(TABLE, t, s, 0.0)),
+    "ddim-half": (DDIM(0.5), TABLE, LEADING, lambda t, s: ddim_step(TABLE, t, s, 0.5)),
+    "ddim-1": (DDIM(1.0), TABLE, LEADING, lambda t, s: ddim_step(TABLE, t, s, 1.0)),
+    "ddim-flow": (DDIM(1.0), FLOW, EVEN, lambda t, s: ddim_step(FLOW, t, s, 1.0)),
+    "ddim-cosine": (DDIM(1.0), Cosine(), torch.linspace(1, 0, 21), lambda t, s: ddim_step(Cosine(), t, s, 1.0)),
+    "ddim-edm": (DDIM(1.0), EDM(), karras_grid(20), lambda t, s: ddim_step(EDM(), t, s, 1.0)),
+    "flow-sde": (FlowSDE(0.7), FLOW, EVEN, lambda t, s: flow_step(FLOW, t, s, 0.7, "grpo")),
+    "constant-sde": (ConstantSDE(0.3), FLOW, EVEN, lambda t, s: flow_step(FLOW, t, s, 0.3, "constant")),
+    "euler": (EulerODE(), FLOW, EVEN, lambda t, s: flow_step(FLOW, t, s, 0.0, "ode")),
+    "consistency": (Consistency(), TABLE, ladder_grid(1000, 8), lambda t, s: renoise_step(TABLE, t, s)),
+}
+
+
+def gaussian(schedule):
+    return GaussianDenoiser(torch.tensor([MEAN]), STD, schedule)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_the_chain_has_its_own_discretised_law(name):
+    kernel, schedule, grid, step = LAWS[name]
+    rows, generator = 100_000, torch.Generator().manual_seed(11)
+    start = scales(schedule, 1.0)[1]
+    mean, variance = 0.0, start**2
+    x = start * torch.randn(rows, 1, generator=generator)
+    for move in walk(kernel, gaussian(schedule), x, grid, {}, generator):
+        slope, offset, added = step(move.t[0].item(), move.s[0].item())
+        mean, variance = slope * mean + offset, slope**2 * variance + added
+        # the law of this step, row by row, and its density
+        wanted = slope * move.x[:, 0].double() + offset
+        scale = 1 + wanted.abs().max().item()
+        assert (move.transition.mean[:, 0].double() - wanted).abs().max() < 4e-6 * scale
+        assert move.transition.std[0].item() == pytest.approx(math.sqrt(added), rel=1e-4, abs=1e-6)
+        assert move.transition.is_random[0].item() == (added > 0)
+        # and of all steps so far
+        assert abs(move.x_next.double().mean().item() - mean) < 4 * math.sqrt(variance / rows)
+        assert abs(move.x_next.double().var().item() - variance) < 4 * variance * math.sqrt(2 / rows)
+
+
+@pytest.mark.parametrize("name", ["ddim-1", "flow-sde", "constant-sde", "consistency"])
+def test_a_chains_log_probability_is_the_product_of_its_laws(name):
+    kernel, schedule, grid, step = LAWS[name]
+    total, exact = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
+    for move in walk(kernel, gaussian(schedule), randn(64, 1), grid, {}, torch.Generator().manual_seed(1)):
+        total = total + move.transition.log_prob(move.x_next)
+        slope, offset, added = step(move.t[0].item(), move.s[0].item())
+        if added > 0:
+            law = torch.distributions.Normal(slope * move.x[:, 0].double() + offset, math.sqrt(added))
+            exact = exact + law.log_prob(move.x_next[:, 0].double())
+    assert move.transition.is_random.all() == (name == "flow-sde")
+    torch.testing.assert_close(total.double(), exact, rtol=2e-4, atol=2e-3)
+
+
+def spread_error(kernel, schedule, grid):
+    """The final law's standard deviation minus the data's, from the exact marginal at grid[0]; the mean is right."""
+    alpha, sigma = scales(schedule, grid[0].item())
+    mean, variance = alpha * MEAN, (alpha * STD) ** 2 + sigma**2
+    probe = torch.tensor([[0.0], [1.0]])
+    for t, s in itertools.pairwise(grid):
+        law, _ = kernel(gaussian(schedule), probe, t.expand(2), s.expand(2), {})
+        offset, slope = law.mean[0].item(), (law.mean[1] - law.mean[0]).item()
+        mean, variance = slope * mean + offset, slope**2 * variance + law.std[0].item() ** 2
+    assert mean == pytest.approx(MEAN, abs=1e-5)
+    return math.sqrt(variance) - STD
+
+
+CONVERGING = {
+    "ddim-flow": (DDIM(1.0), FLOW, 1.0),
+    "ddim-cosine": (DDIM(1.0), Cosine(), 1.0),
+    "euler": (EulerODE(), FLOW, 1.0),
+    "constant-sde": (ConstantSDE(0.3), FLOW, 1.0),
+    "flow-sde": (FlowSDE(0.7), FLOW, 0.9),  # its first step from t = 1 is not of order one, see below
+}
+
+
+@pytest.mark.parametrize("name", CONVERGING)
+def test_the_discretised_law_converges_to_the_data_at_first_order(name):
+    kernel, schedule, start = CONVERGING[name]
+    coarse, fine = (spread_error(kernel, schedule, torch.linspace(start, 0, steps + 1)) for steps in (200, 400))
+    assert abs(fine) < 0.01
+    assert 1.8 < coarse / fine < 2.2
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_the_first_flow_sde_step_adds_the_same_noise_at_any_step_count(steps):
+    t, s = torch.ones(2), torch.full((2,), 1 - 1 / steps)
+    law, _ = FlowSDE(0.7)(gaussian(FLOW), torch.tensor([[0.0], [1.0]]), t, s, {})
+    assert law.std[0].item() == pytest.approx(0.7, rel=1e-4)
+    assert abs(spread_error(FlowSDE(0.7), FLOW, torch.linspace(1, 0, 401))) < 1e-3
+
+
+KERNELS = [DDIM(1.0), DDIM(0.0), EulerODE(), FlowSDE(), ConstantSDE(), Consistency(), widen(DDIM(1.0), 1.3)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_rows_may_sit_at_different_times(kernel):
+    denoiser = NetDenoiser(wavy, RectifiedFlow(), "flow")
+    _, t, s = flow_rows()
+    x = randn(5, 3, 4, 4)
+    together, belief = kernel(denoiser, x, t, s, {})
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone, alone_belief = kernel(denoiser, x[one], t[one], s[one], {})
+        assert torch.equal(alone.mean, together.mean[one]) and torch.equal(alone.std, together.std[one])
+        assert torch.equal(alone_belief.x0, belief.x0[one])
+        assert torch.equal(alone.log_prob(x[one]), together.log_prob(x)[one])
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_kernels_are_frozen_values(kernel):
+    assert kernel == dataclasses.replace(kernel)
+    name = dataclasses.fields(kernel)[0].name if dataclasses.fields(kernel) else "anything"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(kernel, name, 0.5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_a_bfloat16_network_still_gives_float32_log_probabilities(kernel):
+    net = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    torch.nn.init.normal_(net.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    denoiser = NetDenoiser(lambda x, number, cond: net(x), RectifiedFlow(), "flow", dtype=torch.bfloat16)
+    x = randn(5, 64).requires_grad_()
+    for move in walk(kernel, denoiser, x, flow_grid(10, 3.0), {}, torch.Generator().manual_seed(0)):
+        log_prob = move.transition.log_prob(move.x_next.detach())
+        assert log_prob.dtype == move.x_next.dtype == move.prediction.x0.dtype == torch.float32
+        assert log_prob.isfinite().all() and log_prob.requires_grad and move.x_next.isfinite().all()
+    move.x_next.sum().backward()
+    assert x.grad.isfinite().all() and net.weight.grad.isfinite().all() and net.weight.grad.abs().sum() > 0
+
+
+def test_widen_scales_the_noise_and_nothing_else():
+    denoiser = NetDenoiser(wavy, TABLE, "eps")
+    x, t, s = randn(3, 8), torch.tensor([0.9, 0.5, 0.001]), torch.tensor([0.8, 0.4, 0.0])
+    plain, _ = DDIM(1.0)(denoiser, x, t, s, {})
+    wide, _ = widen(DDIM(1.0), 1.5)(denoiser, x, t, s, {})
+    assert torch.equal(wide.mean, plain.mean) and torch.equal(wide.std, plain.std * 1.5)
+    assert wide.is_random.tolist() == plain.is_random.tolist() == [True, True, False]
+    for factor in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="positive and finite"):
+            widen(DDIM(1.0), factor)
+    tokens: Kernel = lambda denoiser, x, t, s, cond: (Categorical(x), Prediction(x, x))  # noqa: E731
+    with pytest.raises(TypeError, match="only a Gaussian law"):
+        widen(tokens, 2.0)(denoiser, x, t, s, {})
+
+
+def test_walk_yields_every_step_and_depends_on_its_generator_only():
+    denoiser, grid = NetDenoiser(wavy, TABLE, "eps"), table_grid(1000, 10, "leading", 1)
+    x = randn(4, 2).double()
+    moves = list(walk(DDIM(1.0), denoiser, x, grid, {}, torch.Generator().manual_seed(5)))
+    torch.randn(3)
+    again = list(walk(DDIM(1.0), denoiser, x, grid, {}, torch.Generator().manual_seed(5)))
+    assert len(moves) == 10 and moves[0].x.dtype == torch.float32
+    for k, (move, other) in enumerate(zip(moves, again, strict=True)):
+        assert torch.equal(move.x_next, other.x_next)
+        assert move.t.tolist() == [grid[k].item()] * 4 and move.s.tolist() == [grid[k + 1].item()] * 4
+        assert k == 0 or move.x is moves[k - 1].x_next
+        assert torch.equal(DDIM(1.0)(denoiser, move.x, move.t, move.s, {})[0].mean, move.transition.mean)
+
+
+def test_walk_hands_the_condition_on_and_keeps_the_graph():
+    seen = []
+
+    def net(x, number, cond):
+        seen.append(cond["c"])
+        return x * cond["c"]
+
+    c = torch.tensor([[0.5], [0.6]], requires_grad=True)
+    *_, last = walk(DDIM(1.0), NetDenoiser(net, TABLE, "eps"), randn(2, 3), LEADING, {"c": c})
+    last.x_next.sum().backward()
+    assert len(seen) == 40 and all(value is c for value in seen) and (c.grad != 0).all()
+
+
+def test_the_gradient_through_a_chain_is_the_exact_one():
+    mean = torch.tensor([MEAN], requires_grad=True)
+    denoiser = GaussianDenoiser(mean, STD, FLOW)
+    *_, last = walk(FlowSDE(0.7), denoiser, randn(8, 1), EVEN, {}, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(last.x_next[3, 0], mean)
+    wanted = 0.0
+    for t, s in zip(EVEN[:-1].tolist(), EVEN[1:].tolist(), strict=True):
+        slope, offset, _ = flow_step(FLOW, t, s, 0.7, "grpo")
+        wanted = slope * wanted + offset / MEAN
+    assert gradient.item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "ts", [[1.0], [0.5, 0.5, 0.0], [0.0, 1.0], [1.2, 0.0], [1.0, -0.1], [[1.0, 0.0]], [1.0, math.nan]]
+)
+def test_walk_refuses_what_is_no_grid(ts):
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        next(walk(DDIM(1.0), NetDenoiser(wavy, TABLE, "eps"), randn(2, 3), torch.tensor(ts), {}))
+
+
+def test_kernels_refuse_what_they_cannot_do():
+    x, t, s = randn(1, 3), torch.tensor([0.5]), torch.tensor([0.4])
+    for kernel in (EulerODE(), FlowSDE(), ConstantSDE()):
+        with pytest.raises(TypeError, match="walks the path of RectifiedFlow, the denoiser has DDPMTable"):
+            kernel(NetDenoiser(wavy, TABLE, "eps"), x, t, s, {})
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]; got 1\.5"):
+        DDIM(1.5)
+    with pytest.raises(ValueError, match="noise_level must not be negative"):
+        FlowSDE(-0.1)
+    with pytest.raises(ValueError, match="eta must not be negative"):
+        ConstantSDE(-0.1)
+
+
+# ---- denoisers
+
+SCHEDULES = [TABLE, ddpm_table(1000, **SD, rescale_zero_terminal_snr=True), FLOW, EDM(), Cosine()]
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+def test_both_halves_are_consistent_and_the_output_comes_back(schedule, target):
+    low = 0.001 if target == "eps" else 0.0
+    t = torch.tensor([low, 0.001, 0.3, 0.8, 0.95 if target == "eps" else 1.0])
+    x = randn(5, 2, 3) * schedule.sigma(t).clamp(min=1).reshape(5, 1, 1)
+    output = wavy(x, torch.arange(5), {})
+    prediction = NetDenoiser(lambda *_: output, schedule, target)(x, t, {})
+    alpha, sigma = (value(t).reshape(5, 1, 1) for value in (schedule.alpha, schedule.sigma))
+    scale = x.abs().amax() + (alpha * prediction.x0).abs().amax() + (sigma * prediction.eps).abs().amax()
+    assert prediction.x0.isfinite().all() and prediction.eps.isfinite().all()
+    assert (alpha * prediction.x0 + sigma * prediction.eps - x).abs().max() < 1e-6 * scale
+    back = regression_target(target, schedule, *prediction, t)
+    noisy = slice(1, None) if target == "x0" else slice(None)  # at sigma = 0 the sample, not the network, says x0
+    size = 1 + prediction.x0.abs().amax() + prediction.eps.abs().amax()
+    assert (back[noisy] - output[noisy]).abs().max() < 1e-5 * size
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+def test_a_network_that_says_its_target_is_right(schedule, target):
+    x0, eps, t = randn(3, 4), randn(3, 4, seed=1), torch.tensor([0.01, 0.4, 0.9])
+    x = schedule.alpha(t)[:, None] * x0 + schedule.sigma(t)[:, None] * eps
+    said = regression_target(target, schedule, x0, eps, t)
+    prediction = NetDenoiser(lambda *_: said, schedule, target)(x, t, {})
+    size = 1 + schedule.sigma(t)[:, None] / schedule.alpha(t)[:, None]
+    assert ((prediction.x0 - x0).abs() < 2e-6 * size).all()
+    # where sigma is small the noise is a small part of x, so that its digits are lost in x and not in the conversion
+    assert ((prediction.eps - eps).abs() < 1e-6 * (1 + 1 / schedule.sigma(t)[:, None])).all()
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_prediction_is_float32_whatever_the_network_says(target, dtype):
+    net = NetDenoiser(lambda x, number, cond: x.to(dtype), TABLE, target)
+    for denoiser in (net, ConsistencyDenoiser(net), Clipped(net, rederive=True)):
+        prediction = denoiser(randn(2, 3), torch.tensor([0.3, 0.9]), {})
+        assert prediction.x0.dtype == prediction.eps.dtype == torch.float32
+
+
+def test_the_four_targets():
+    t = torch.tensor([0.3])
+    x0, eps = torch.tensor([[2.0]]), torch.tensor([[5.0]])
+    alpha, sigma = TABLE.alpha(t).item(), TABLE.sigma(t).item()
+    values = [regression_target(target, TABLE, x0, eps, t).item() for target in ("eps", "x0", "v", "flow")]
+    assert values == pytest.approx([5.0, 2.0, alpha * 5 - sigma * 2, 3.0])
+
+
+def test_an_eps_network_at_alpha_zero_is_refused():
+    table = ddpm_table(1000, **SD, rescale_zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="an eps network says nothing at alpha = 0"):
+        NetDenoiser(wavy, table, "eps")(randn(2, 3), torch.tensor([0.5, 1.0]), {})
+
+
+def test_denoisers_refuse_nonsense():
+    with pytest.raises(ValueError, match="unknown target 'velocity'"):
+        NetDenoiser(wavy, TABLE, "velocity")
+    with pytest.raises(ValueError, match=r"answered \(2, 1\) for x \(2, 3\)"):
+        NetDenoiser(lambda x, number, cond: x[:, :1], TABLE, "eps")(randn(2, 3), torch.tensor([0.5, 0.6]), {})
+    with pytest.raises(ValueError, match="same shape"):
+        regression_target("v", TABLE, randn(2, 3), randn(2, 1), torch.tensor([0.5, 0.6]))
+
+
+def test_the_network_receives_the_number_it_was_trained_on():
+    seen = []
+
+    def net(x, number, cond):
+        seen.append((x.dtype, number.tolist()))
+        return x.float()
+
+    t = torch.tensor([0.001, 1.0])
+    NetDenoiser(net, TABLE, "eps", dtype=torch.bfloat16)(randn(2, 3), t, {})
+    NetDenoiser(net, FLOW, "flow")(randn(2, 3), t, {})
+    assert seen == [(torch.bfloat16, [0, 999]), (torch.float32, [1.0, 1000.0])]
+
+
+def test_a_consistency_model_keeps_its_boundary():
+    denoiser = ConsistencyDenoiser(NetDenoiser(wavy, TABLE, "eps"))
+    x, t = randn(2, 3), torch.tensor([0.001, 0.021])
+    prediction = denoiser(x, t, {})
+    assert torch.equal(prediction.x0[0], x[0])  # tau = 0: c_skip = 1, c_out = 0
+    alpha, sigma = TABLE.alpha(t)[1], TABLE.sigma(t)[1]
+    inner, scaled = (x[1] - sigma * wavy(x[1:], torch.tensor([20]), {})[0]) / alpha, 200.0
+    wanted = 0.25 / (scaled**2 + 0.25) * x[1] + scaled / math.sqrt(scaled**2 + 0.25) * inner
+    torch.testing.assert_close(prediction.x0[1], wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alpha * prediction.x0[1] + sigma * prediction.eps[1], x[1], rtol=1e-6, atol=1e-6)
+
+
+def test_consistent_never_divides_by_zero():
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    assert consistent(torch.tensor([[9.0]]), torch.tensor([[2.0]]), one, zero) == Prediction(
+        torch.tensor([[2.0]]), zero
+    )
+    assert consistent(torch.tensor([[9.0]]), torch.tensor([[2.0]]), zero, one).eps.item() == 2.0

@@ -1,0 +1,196 @@
+"""Tiny diffusers pipelines with random weights and a tokenizer of their own: nothing is downloaded, a build takes well
+under a second, a saved folder weighs a few hundred KB, and the same seed gives the same weights.
+
+``sd_pipeline`` and ``sd3_pipeline`` return real ``StableDiffusionPipeline`` and ``StableDiffusion3Pipeline`` objects
+whose images are 16 x 16; ``sd_folder`` and ``sd3_folder`` save one and return the folder. The random weights make no
+pictures: these pipelines are for checking equalities, shapes and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+TOKENS = 16  # length of every encoded prompt
+LATENT_SHAPE = (4, 8, 8)
+IMAGE_SIZE = 16  # height and width in pixels
+PROMPTS = ["a red fox", "two blue cubes"]
+
+SD_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws from ``seed``; afterwards the global generator is where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def noise(batch: int, seed: int = 0) -> torch.Tensor:
+    """(batch, 4, 8, 8) standard normal latents."""
+    return torch.randn((batch, *LATENT_SHAPE), generator=torch.Generator().manual_seed(seed))
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Spells words letter by letter: every byte, every byte at the end of a word, begin and end."""
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=TOKENS)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram model of printable ASCII letters."""
+    words = ["<pad>", "</s>", "<unk>", "▁", *(chr(code) for code in range(33, 127))]
+    return T5Tokenizer(vocab=[(word, -2.0) for word in words], extra_ids=0, model_max_length=512)
+
+
+def _clip_config(width: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=5.0,  # so that two prompts differ
+    )
+
+
+def _vae(scaling_factor: float, shift_factor: float | None) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=LATENT_SHAPE[0],
+        sample_size=IMAGE_SIZE,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+    )
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT_SHAPE[1],
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+
+
+def sd_pipeline(seed: int = 0, **scheduler: Any) -> Any:
+    """An SD-shaped pipeline with a DDIM scheduler; ``scheduler`` replaces entries of ``SD_SCHEDULER``."""
+    tokenizer = clip_tokenizer()
+    with seeded(seed):
+        pipe = StableDiffusionPipeline(
+            vae=_vae(0.18215, None),
+            text_encoder=CLIPTextModel(_clip_config(16, tokenizer)),
+            tokenizer=tokenizer,
+            unet=_unet(),
+            scheduler=DDIMScheduler(**{**SD_SCHEDULER, **scheduler}),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _quiet(pipe)
+
+
+def _transformer(width: int) -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SHAPE[1],
+        patch_size=2,
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=width,
+        caption_projection_dim=16,
+        pooled_projection_dim=16 + 8,
+        pos_embed_max_size=LATENT_SHAPE[1],
+    )
+
+
+def sd3_pipeline(seed: int = 0, t5: bool = False, **scheduler: Any) -> Any:
+    """An SD3-shaped pipeline (two projecting CLIPs, shift 3); without ``t5`` its third text encoder is None."""
+    tokenizer, t5_config = clip_tokenizer(), None
+    t5_tokens = t5_tokenizer() if t5 else None
+    if t5_tokens is not None:
+        t5_config = T5Config(vocab_size=len(t5_tokens), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with seeded(seed):
+        pipe = StableDiffusion3Pipeline(
+            transformer=_transformer(32),
+            scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+            vae=_vae(1.5305, 0.0609),
+            text_encoder=CLIPTextModelWithProjection(_clip_config(16, tokenizer)),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(_clip_config(8, tokenizer)),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=None if t5_config is None else T5EncoderModel(t5_config),
+            tokenizer_3=t5_tokens,
+        )
+    return _quiet(pipe)
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipe
+
+
+def sd_folder(folder: str | Path, seed: int = 0, **scheduler: Any) -> Path:
+    """``sd_pipeline`` saved in ``folder``."""
+    sd_pipeline(seed, **scheduler).save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
+
+
+def sd3_folder(folder: str | Path, seed: int = 0, t5: bool = False, **scheduler: Any) -> Path:
+    """``sd3_pipeline`` saved in ``folder``."""
+    sd3_pipeline(seed, t5, **scheduler).save_pretrained(folder, safe_serialization=True)
+    return Path(folder)

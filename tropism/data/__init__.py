@@ -1,0 +1,1 @@
+"""Prompts now; preferences and the store later."""

@@ -1,0 +1,151 @@
+"""From what a network was trained to say (eps, x0, v or flow) to what it believes: both halves, float32, never NaN.
+
+This is the only place that divides by alpha or sigma. With x = alpha x0 + sigma eps, the four targets are
+eps, x0, v = alpha eps - sigma x0 (Salimans and Ho 2022, 2202.00512, appendix D) and flow = eps - x0 (2209.03003).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast
+from tropism.schedules import net_time
+
+Target = Literal["eps", "x0", "v", "flow"]
+Net = Callable[[Tensor, Tensor, Cond], Tensor]
+"""net(x (B, ...), number (B,), cond) -> (B, ...); the number is ``net_time`` of the schedule."""
+
+
+def _known(target: str) -> None:
+    if target not in get_args(Target):
+        raise ValueError(f"unknown target {target!r}; wanted one of {', '.join(get_args(Target))}")
+
+
+def regression_target(target: Target, schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What a network with this target should say: x0 and eps (B, ...), t (B,) -> (B, ...).
+
+    It is also the inverse of ``to_prediction``: given both halves of a Prediction it returns the network's output.
+    """
+    _known(target)
+    if x0.shape != eps.shape:
+        raise ValueError(f"x0 {tuple(x0.shape)} and eps {tuple(eps.shape)} must have the same shape")
+    if target == "v":
+        return bcast(schedule.alpha(t), x0) * eps - bcast(schedule.sigma(t), x0) * x0
+    return {"eps": eps, "x0": x0, "flow": eps - x0}[target]
+
+
+def to_prediction(target: Target, schedule: Schedule, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
+    """Both halves, with x = alpha x0 + sigma eps, float32: output and x (B, ...), t (B,).
+
+    At sigma = 0 the sample is its own x0 (and eps is 0 where the network does not say it). At alpha = 0 an eps output
+    says nothing about x0: raises ValueError.
+    """
+    _known(target)
+    if output.shape != x.shape:
+        raise ValueError(f"the network answered {tuple(output.shape)} for x {tuple(x.shape)}; wanted the same shape")
+    output, x = output.float(), x.float()
+    alpha, sigma = bcast(schedule.alpha(t), x), bcast(schedule.sigma(t), x)
+    if target == "v":
+        norm = alpha**2 + sigma**2
+        return Prediction((alpha * x - sigma * output) / norm, (sigma * x + alpha * output) / norm)
+    if target == "flow":
+        norm = alpha + sigma
+        return Prediction((x - sigma * output) / norm, (x + alpha * output) / norm)
+    if target == "x0":
+        return consistent(output, x, alpha, sigma)
+    if bool((alpha == 0).any()):
+        raise ValueError(
+            "an eps network says nothing at alpha = 0 (zero terminal SNR); start later or use a v, x0 or flow network"
+        )
+    return Prediction((x - sigma * output) / alpha, output)
+
+
+def consistent(x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    """The Prediction at x whose clean half is x0; alpha and sigma fit x. At sigma = 0: x0 = x / alpha, eps = 0."""
+    noisy = sigma > 0
+    eps = ((x - alpha * x0) / sigma.where(noisy, 1.0)).where(noisy, 0.0)
+    return Prediction(x0.where(noisy, x / alpha.where(alpha > 0, 1.0)), eps)
+
+
+@dataclass(frozen=True, eq=False)
+class NetDenoiser:
+    """A network as a Denoiser. ``dtype`` is what x is cast to before the network sees it; None leaves float32."""
+
+    net: Net
+    schedule: Schedule
+    target: Target
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _known(self.target)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,). Raises ValueError for an eps network at alpha = 0."""
+        output = self.net(x if self.dtype is None else x.to(self.dtype), net_time(self.schedule, t), cond)
+        return to_prediction(self.target, self.schedule, output, x, t)
+
+
+@dataclass(frozen=True, eq=False)
+class ConsistencyDenoiser:
+    """A consistency model f = c_skip x + c_out x0, the inner denoiser's x0 held to f(x, 0) = x.
+
+    c_skip = d^2 / (r^2 + d^2), c_out = r / sqrt(r^2 + d^2), with d = sigma_data and r = timestep_scaling * the
+    network's timestep (2303.01469, eq. 5, in the discrete form of latent consistency models, 2310.04378). The noise
+    half follows from f.
+    """
+
+    inner: Denoiser
+    timestep_scaling: float = 10.0
+    sigma_data: float = 0.5
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.inner.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,). Raises TypeError when the schedule has no net_time."""
+        x = x.float()
+        scaled = net_time(self.schedule, t).float() * self.timestep_scaling
+        total = scaled**2 + self.sigma_data**2
+        skip, out = bcast(self.sigma_data**2 / total, x), bcast(scaled / total.sqrt(), x)
+        answer = skip * x + out * self.inner(x, t, cond).x0
+        return consistent(answer, x, bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x))
+
+
+@dataclass(frozen=True, eq=False)
+class Clipped:
+    """A denoiser whose x0 stays in [-bound, bound], as diffusers' clip_sample and thresholding do for pixel models.
+
+    Goes outside guidance, where schedulers clip. ``quantile`` (Imagen, 2205.11487, section 2.3) clips each row at that
+    quantile of |x0|, between 1 and ``bound``, and divides by it. The noise half stays the network's, as in
+    DDIMScheduler: x = alpha x0 + sigma eps then no longer holds, unless ``rederive`` computes eps from the clipped x0,
+    as DDPMScheduler does.
+    """
+
+    inner: Denoiser
+    bound: float = 1.0
+    quantile: float | None = None
+    rederive: bool = False
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.inner.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,)."""
+        x0, eps = self.inner(x, t, cond)
+        if self.quantile is None:
+            x0 = x0.clamp(-self.bound, self.bound)
+        else:
+            size = bcast(x0.flatten(1).abs().quantile(self.quantile, dim=1).clamp(1.0, max(self.bound, 1.0)), x0)
+            x0 = x0.clamp(-size, size) / size
+        if not self.rederive:
+            return Prediction(x0, eps)
+        return consistent(x0, x.float(), bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x))

@@ -1,0 +1,164 @@
+"""diffusers pipelines by name or local folder. What can be wrong with a folder is said before its weights load."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from safetensors import SafetensorError, safe_open
+
+from tropism.models.latent_pipeline import LatentPipeline
+from tropism.models.stable_diffusion import StableDiffusion
+from tropism.models.stable_diffusion_3 import StableDiffusion3
+
+FAMILIES: Mapping[type[Any], type[LatentPipeline]] = {
+    StableDiffusionPipeline: StableDiffusion,
+    StableDiffusion3Pipeline: StableDiffusion3,
+}
+DEFAULTS_FILE = "tropism.json"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    negative_prompt: str = "",
+    image_size: tuple[int, int] | None = None,
+    **from_pretrained: Any,
+) -> LatentPipeline:
+    """A pipeline from a local folder (as ``pipe.save_pretrained`` writes it) or, when there is none, a hub name.
+
+    Default guidance and steps are the pipeline class's, unless the folder has a ``tropism.json`` such as
+    {"guidance_scale": 3.0, "steps": 20}, unless given here. ``from_pretrained`` takes diffusers' own arguments
+    (``variant="fp16"``, ``safety_checker=None``, ``text_encoder_3=None``). Weights are read from safetensors only.
+    Raises ValueError, in one sentence and before any weights load, for a missing folder, unknown family or wrong file.
+    """
+    folder = Path(name_or_path)
+    local = folder.exists()
+    if local:
+        index = _read_index(folder)
+    elif HUB_NAME.fullmatch(str(name_or_path)):
+        index = _hub_index(str(name_or_path))
+    else:
+        raise ValueError(
+            f"there is no folder {name_or_path}; give a folder with a model_index.json or a hub name (owner/model)"
+        )
+    kind = _family(str(index.get("_class_name")), str(name_or_path))
+    absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    options = {**absent, **from_pretrained}
+    defaults = read_defaults(folder) if local else {}
+    if local:
+        _check_parts(folder, {name: value for name, value in index.items() if name not in options})
+    pipe = kind.from_pretrained(str(name_or_path), dtype=dtype, use_safetensors=True, local_files_only=local, **options)
+    return wrap_pipeline(
+        pipe.to(device),
+        guidance_scale=defaults.get("guidance_scale") if guidance_scale is None else guidance_scale,
+        steps=int(defaults["steps"]) if steps is None and "steps" in defaults else steps,
+        negative_prompt=negative_prompt,
+        image_size=image_size,
+    )
+
+
+def wrap_pipeline(
+    pipe: Any,
+    *,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    negative_prompt: str = "",
+    image_size: tuple[int, int] | None = None,
+) -> LatentPipeline:
+    """The same for a pipeline that is loaded already; it becomes ``.pipe``. Raises ValueError for an unknown family."""
+    kind = FAMILIES[_family(type(pipe).__name__, "this pipeline")]
+    return kind(
+        pipe, guidance_scale=guidance_scale, steps=steps, negative_prompt=negative_prompt, image_size=image_size
+    )
+
+
+def read_defaults(folder: Path) -> dict[str, float]:
+    """``guidance_scale`` and ``steps`` of ``folder/tropism.json``, or {}. Raises ValueError for any other content."""
+    file = folder / DEFAULTS_FILE
+    if not file.is_file():
+        return {}
+    content = _read_json(file)
+    wrong = sorted(set(content) - {"guidance_scale", "steps"})
+    if wrong:
+        raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale and steps only")
+    for name, value in content.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{file} gives {name} as {value!r}; wanted a positive number")
+        if name == "steps" and value != int(value):
+            raise ValueError(f"{file} gives steps as {value!r}; wanted a whole number")
+    return content
+
+
+def _family(name: str, where: str) -> type[Any]:
+    for kind in FAMILIES:
+        if kind.__name__ == name:
+            return kind
+    known = ", ".join(kind.__name__ for kind in FAMILIES)
+    raise ValueError(f"{where} is a {name}; wanted one of {known} (another family needs a file in tropism/models)")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); restore it from where the model came") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; wanted a JSON object")
+    return content
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; wanted a folder: convert it by from_single_file and save_pretrained")
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} has no model_index.json; wanted what a diffusers pipeline's save_pretrained writes")
+    return _read_json(folder / "model_index.json")
+
+
+def _hub_index(name: str) -> dict[str, Any]:
+    try:
+        return dict(DiffusionPipeline.load_config(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no folder {name} and no such model on the hub or in its cache; check the name") from error
+
+
+def _check_parts(folder: Path, index: Mapping[str, Any]) -> None:
+    """Every part that the index names has its folder, and every network a safetensors file whose header is sound."""
+    for name, value in index.items():
+        if not isinstance(value, list):
+            continue
+        part = folder / name
+        if not part.is_dir():
+            raise ValueError(f"{folder} has no {name} although its model_index.json names one; copy the whole folder")
+        if name.startswith(WEIGHTLESS):
+            continue
+        files = sorted(part.glob("*.safetensors"))
+        if not files:
+            found = ", ".join(sorted(file.name for file in part.iterdir())) or "nothing"
+            raise ValueError(f"{part} has no .safetensors file, only {found}; save with safe_serialization=True")
+        for file in files:
+            _check_header(file)
+
+
+def _check_header(file: Path) -> None:
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is not a sound safetensors file ({error}); download it again, "
+            "a file of about 130 bytes is a git-lfs pointer"
+        ) from error

@@ -1,0 +1,98 @@
+"""Stable Diffusion 3 and 3.5 (diffusers' ``StableDiffusion3Pipeline``): a transformer for eps - x0 on a straight path.
+
+Without a third text encoder diffusers appends ``max_sequence_length`` (256) rows of zeros where T5's tokens would be,
+and so does this, because the pipeline itself encodes. Not built, but exact: those rows are equal, have no positions and
+are never masked, so they stay equal through every layer and could be one row whose attention logit gains log(256).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from tropism.base import Cond
+from tropism.denoisers import NetDenoiser
+from tropism.models.latent_pipeline import LatentPipeline
+from tropism.schedules import RectifiedFlow, flow_grid
+
+UNSUPPORTED = (
+    "invert_sigmas",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+class StableDiffusion3(LatentPipeline):
+    """``cond`` is {"prompt_embeds": (B, tokens, width), "pooled": (B, pooled width)}, in the text encoders' dtype."""
+
+    part = "transformer"
+    default_guidance = 7.0
+    default_steps = 28
+    attention_targets = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    feed_forward_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+    @staticmethod
+    def check(pipe: Any) -> None:
+        """A scheduler that walks the straight path by Euler steps on shifted levels."""
+        config = pipe.scheduler.config
+        if type(pipe.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+            raise ValueError(
+                f"{type(pipe.scheduler).__name__} is not supported; wanted FlowMatchEulerDiscreteScheduler"
+            )
+        chosen = [name for name in UNSUPPORTED if config.get(name)]
+        if config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear":
+            chosen.append("time_shift_type")
+        if chosen:
+            raise ValueError(f"the scheduler config sets {chosen}; wanted levels shifted by shift or by image size")
+
+    def _build_denoiser(self) -> NetDenoiser:
+        config = self.pipe.scheduler.config
+        shift = math.exp(self._mu()) if config.get("use_dynamic_shifting") else float(self.pipe.scheduler.shift)
+        self._schedule = RectifiedFlow(shift, config.num_train_timesteps)
+        return NetDenoiser(self.net, self._schedule, "flow")
+
+    def _mu(self) -> float:
+        """The logarithm of the shift at this image size: linear in the number of patches between two anchors."""
+        config, patch = self.pipe.scheduler.config, self.pipe.transformer.config.patch_size
+        patches = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+        return float(low + (high - low) * (patches - few) / (many - few))
+
+    def _predict(self, net: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
+        output: Tensor = net(
+            hidden_states=x,
+            timestep=tau,
+            encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def _decode_input(self, latents: Tensor) -> Tensor:
+        return super()._decode_input(latents) + float(self.pipe.vae.config.shift_factor)
+
+    def grid(self, steps: int) -> Tensor:
+        """(steps + 1,) levels of the scheduler, from 1 to 0; the last above 0 is shifted twice, as in diffusers."""
+        last = float(self.pipe.scheduler.sigma_min)
+        return flow_grid(steps, self._schedule.shift, last, self._schedule.num_train_timesteps)

@@ -1,0 +1,142 @@
+"""A model together with how one draws from it: what reinforcement learning calls the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, take
+from tropism.guidance.cfg import Guided, Scale
+from tropism.samplers.chain import Move, walk
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``steps`` moves of ``kernel`` through the guided ``model``, from noise to a clean latent.
+
+    ``guidance`` is a number, a ``Scale``, or None for the model's default. ``detach_null`` keeps gradients out of the
+    unconditional branch. ``microbatch`` bounds how many chains run at once; it never changes what they are.
+    """
+
+    model: TextToImage
+    kernel: Kernel
+    steps: int
+    guidance: float | Scale | None = None
+    detach_null: bool = False
+    microbatch: int = 64
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+        if self.microbatch < 1:
+            raise ValueError(f"microbatch must be at least 1; got {self.microbatch}")
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Guided."""
+        scale = self.model.guidance_scale if self.guidance is None else self.guidance
+        return Guided(self.model.denoiser, self.model.null(), scale, self.detach_null)
+
+    @property
+    def ts(self) -> Tensor:
+        """(steps + 1,) the model's own grid."""
+        return self.model.grid(self.steps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(iter(self.model.null().values())).device
+
+    def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """(count, ...) standard normal, drawn where the generator lives."""
+        device = self.device if generator is None else generator.device
+        return torch.randn(count, *self.model.latent_shape, generator=generator, device=device).to(self.device)
+
+    def chain(self, x: Tensor, cond: Cond, generator: torch.Generator | None = None) -> Iterator[Move]:
+        """The moves from x (B, ...); gradients are kept or not by the caller's context."""
+        return walk(self.kernel, self.denoiser, x, self.ts, cond, generator)
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], generator: torch.Generator | None = None, x: Tensor | None = None) -> Tensor:
+        """Clean latents (B, ...), from x (B, ...) or fresh noise."""
+        x = self.noise(len(prompts), generator) if x is None else x
+        cond = self.model.encode(prompts)
+        ends = []
+        for rows in torch.arange(len(prompts)).split(self.microbatch):
+            *_, last = self.chain(x[rows], take(cond, rows), generator)
+            ends.append(last.x_next)
+        return torch.cat(ends)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], decoded by micro-batches."""
+        return torch.cat([self.model.decode(part) for part in latents.split(self.microbatch)])
+
+    def images(
+        self, prompts: Sequence[str], generator: torch.Generator | None = None, x: Tensor | None = None
+    ) -> Tensor:
+        """``draw``, decoded."""
+        return self.decode(self.draw(prompts, generator, x))
+
+    def with_(self, **changes: Any) -> Policy:
+        """The same policy but for some fields."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Finished chains: every state, and the log-probability of every random move."""
+
+    xs: Tensor  # (B, K+1, ...)
+    ts: Tensor  # (K+1,)
+    log_prob: Tensor  # (B, K) float32, summed over dimensions
+    mask: Tensor  # (B, K) False where a move was deterministic
+    final: Tensor  # (B, ...) what is decoded
+
+
+@torch.no_grad()
+def run_chains(policy: Policy, x: Tensor, cond: Cond, generator: torch.Generator | None = None) -> Chains:
+    """Chains from x (B, ...) under ``cond`` (B rows), by micro-batches."""
+    parts = [
+        _run(policy, x[rows], take(cond, rows), generator) for rows in torch.arange(len(x)).split(policy.microbatch)
+    ]
+    xs, log_prob, mask = (torch.cat(values) for values in zip(*parts, strict=True))
+    return Chains(xs, policy.ts, log_prob, mask, xs[:, -1])
+
+
+def _run(policy: Policy, x: Tensor, cond: Cond, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    moves = [
+        (move.x_next, move.transition.log_prob(move.x_next), move.transition.is_random)
+        for move in policy.chain(x, cond, generator)
+    ]
+    states, log_prob, mask = (torch.stack(values, dim=1) for values in zip(*moves, strict=True))
+    return torch.cat([x[:, None].float(), states], dim=1), log_prob, mask
+
+
+def score_latents(policy: Policy, reward: Reward, latents: Tensor, prompts: Prompts) -> Tensor:
+    """Rewards (B,) of decoded latents; the columns of ``prompts`` reach the reward by name. Without gradients."""
+    return reward(policy.decode(latents), prompts.text, **prompts.columns).detach().to(latents.device)
+
+
+def reward_statistics(reward: Tensor, group: Tensor) -> dict[str, float]:
+    """What is logged of a batch of rewards (B,): mean and population std of those present, how many are missing, and
+    the share of groups (with at least two scores) in which all scores are equal, so that nothing can be learnt."""
+    present = ~reward.isnan()
+    values = reward[present].double()
+    flat = same = 0
+    for name in set(group.tolist()):
+        members = reward[present & (group == name).to(reward.device)]
+        if members.numel() > 1:
+            flat += 1
+            same += int(members.max() == members.min())
+    return {
+        "reward_mean": float(values.mean()) if len(values) else math.nan,
+        "reward_std": float(values.std(correction=0)) if len(values) else math.nan,
+        "reward_missing": float((~present).sum()),
+        "zero_std_ratio": same / flat if flat else 0.0,
+    }

@@ -1,0 +1,9 @@
+"""One step per file; a step is a kernel. ``chain.walk`` is the one loop."""
+
+from tropism.samplers.chain import Move, walk
+from tropism.samplers.consistency import Consistency
+from tropism.samplers.ddim import DDIM
+from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
+from tropism.samplers.widen import widen
+
+__all__ = ["DDIM", "Consistency", "ConstantSDE", "EulerODE", "FlowSDE", "Move", "walk", "widen"]

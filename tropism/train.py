@@ -1,0 +1,147 @@
+"""The loop: experience, loss, one division, a step. The only file that divides a loss and that knows of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from tropism.base import Loss, Method
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient is NaN or infinite; nothing was stepped."""
+
+
+class NothingToLearn(ValueError):
+    """No image of a batch is better or worse than another."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one batch of experience came to."""
+
+    step: int  # batches finished, from 1
+    metrics: Mapping[str, float]
+    seconds: float
+    images: int  # of this batch, on all processes
+
+
+Hook = Callable[[Step], None]
+
+
+@dataclass
+class _Sums:
+    """Weighted sums of metrics over the minibatches of one update or one batch."""
+
+    weight: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: Loss) -> None:
+        weight = float(loss.weight)
+        self.weight += weight
+        for name, value in {"loss": loss.total.detach() / max(weight, 1e-12), **loss.metrics}.items():
+            self.values[name] = self.values.get(name, 0.0) + weight * float(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: value / max(self.weight, 1e-12) for name, value in self.values.items()}
+
+
+def check_finite(value: Tensor, what: str, step: int) -> None:
+    """Raises NonFinite naming ``what`` when ``value`` has a NaN or an infinity."""
+    if not bool(torch.isfinite(value).all()):
+        raise NonFinite(
+            f"{what} is {float(value)} at step {step}; nothing was stepped and the last checkpoint is good: lower the "
+            "learning rate, or keep the network in float32"
+        )
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    weight: Tensor,
+    *,
+    max_norm: float,
+    step: int,
+    accelerator: Accelerator,
+) -> float:
+    """Divides the summed gradients once by the all-reduced weight, clips, checks, steps. Returns the gradient's norm.
+
+    The division is by what every process together stands for, so 1, 2 and 4 processes make the same update.
+    """
+    total = accelerator.reduce(weight.detach().clone(), "sum")
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if accelerator.num_processes > 1:
+            parameter.grad = accelerator.reduce(parameter.grad, "sum")
+        parameter.grad.div_(total.clamp(min=1e-12).to(parameter.grad))
+    norm = clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+    check_finite(norm, "the gradient norm", step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def train(
+    method: Method[Any, Any],
+    batches: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    first: int = 0,
+    max_norm: float = 1.0,
+    hooks: Sequence[Hook] = (),
+    accelerator: Accelerator | None = None,
+) -> None:
+    """Batches of experience ``first`` + 1 to ``steps``; an optimizer step after each update that the method yields.
+
+    ``max_norm`` 0 does not clip. Hooks see each finished batch, in order.
+
+    Raises NonFinite, before anything is stepped, on a loss or gradient that is not finite; NothingToLearn when no image
+    of a batch is better or worse than another.
+    """
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, batch in zip(range(first + 1, steps + 1), batches, strict=False):
+        started = time.perf_counter()
+        sums, info, norms = _one_batch(method, batch, optimizer, parameters, max_norm, number, accelerator)
+        metrics = {**info, **sums.means(), "grad_norm": sum(norms) / len(norms), "updates": float(len(norms))}
+        seconds = time.perf_counter() - started
+        report = Step(number, metrics, seconds, len(batch.text) * accelerator.num_processes)
+        for hook in hooks:
+            hook(report)
+
+
+def _one_batch(
+    method: Method[Any, Any],
+    batch: Any,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    max_norm: float,
+    number: int,
+    accelerator: Accelerator,
+) -> tuple[_Sums, dict[str, float], list[float]]:
+    sums, info, norms = _Sums(), dict[str, float](), list[float]()
+    for minibatches in method.experience(batch):
+        weight = torch.zeros((), dtype=torch.float64)
+        for minibatch in minibatches:
+            loss = method.loss(minibatch)
+            check_finite(loss.total.detach(), "the loss", number)
+            loss.total.backward()
+            sums.add(loss)
+            info.update(getattr(minibatch, "info", {}))
+            weight += loss.weight.detach().double().cpu()
+        norms.append(update(optimizer, parameters, weight, max_norm=max_norm, step=number, accelerator=accelerator))
+        method.after_step()
+    if not norms or not sums.weight:
+        raise NothingToLearn(
+            f"step {number} has nothing to learn from: every reward is missing, or equal to the others of its prompt"
+        )
+    return sums, info, norms
