@@ -238,19 +238,20 @@ def test_full_weights_are_a_folder_that_diffusers_reads(build: Any, tmp_path: Pa
 @families
 @kinds
 def test_gradient_checkpointing_changes_no_gradient(build: Any, full: bool) -> None:
-    def gradients(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
+    def gradients(checkpointing: bool) -> tuple[list[torch.Tensor], list[str]]:
         model, calls = prepared(build, full), []
         train(model, 1)
         if checkpointing:
             model.enable_gradient_checkpointing()
         net = getattr(model.pipe, model.part)
         block = net.down_blocks[1].resnets[0] if model.part == "unet" else net.transformer_blocks[0]
-        block.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputing stops before the end
+        block.register_forward_pre_hook(lambda *_: calls.append("net"))  # recomputing stops before the end
+        model.pipe.vae.decoder.mid_block.register_forward_pre_hook(lambda *_: calls.append("vae"))
         loss = model.decode(predict(model).x0).square().mean()
-        return list(torch.autograd.grad(loss, model.parameters())), len(calls)
+        return list(torch.autograd.grad(loss, model.parameters())), calls
 
     (plain, once), (saving, twice) = gradients(False), gradients(True)
-    assert (once, twice) == (1, 2)
+    assert once == ["net", "vae"] and twice == ["net", "vae", "vae", "net"]
     for expected, got in zip(plain, saving, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 

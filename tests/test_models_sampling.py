@@ -197,5 +197,6 @@ def test_low_precision_answers_in_float32(build: Any, dtype: torch.dtype) -> Non
         low = model.denoiser(x, t, model.encode(tiny.PROMPTS))
         full = exact.denoiser(x, t, exact.encode(tiny.PROMPTS))
         images = model.decode(x)
-    assert low.x0.dtype == low.eps.dtype == images.dtype == torch.float32
+        raw = model.net(x, torch.tensor([299, 799]), model.encode(tiny.PROMPTS))
+    assert raw.dtype == low.x0.dtype == low.eps.dtype == images.dtype == torch.float32
     assert 0 < (low.eps - full.eps).abs().max() < 0.1

@@ -41,9 +41,11 @@ def test_aesthetic_is_the_chain_on_the_normalised_embedding(folder: Path, tmp_pa
     values = reward(images, ["", "", ""])
     torch.testing.assert_close(values.detach(), x[:, 0], atol=1e-4, rtol=1e-5)
     assert torch.equal(values, reward(images, ["", "", ""])), "dropouts are off"
-    assert isinstance(reward, Reward) and values.detach().std() > 0.01
+    assert isinstance(reward, Reward)
+    assert values.detach().std() > 0.01
     values.sum().backward()
-    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
     left_training = LaionAesthetic(reward.model, reward.head.train(), reward.preprocess)
     torch.testing.assert_close(left_training(images, ["", "", ""]), values)
     assert not any(parameter.requires_grad for parameter in reward.head.parameters())

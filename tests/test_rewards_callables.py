@@ -25,62 +25,80 @@ COLUMNS = {"answer": [1, 2, 3], "source": ["x", "y", "z"]}
 
 
 def ddpo(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
-    assert images is IMAGES and prompts == PROMPTS
-    assert metadata[1] == {"answer": 2, "source": "y"} and len(metadata) == 3
+    assert images is IMAGES
+    assert prompts == PROMPTS
+    assert metadata[1] == {"answer": 2, "source": "y"}
+    assert len(metadata) == 3
     return np.array([1, 2, 3]), {"note": "from ddpo"}
 
 
 def ddpo_other_words(x: Tensor, p: list[str], meta: list[dict[str, Any]], strict: bool = True) -> Any:
-    assert x is IMAGES and p == PROMPTS and meta[0]["answer"] == 1 and strict is True
+    assert x is IMAGES
+    assert p == PROMPTS
+    assert meta[0]["answer"] == 1
+    assert strict is True
     return np.array([1, 2, 3]), {}
 
 
 def ddpo_unused(images: Tensor, _: Any, __: Any) -> Any:
-    assert images is IMAGES and _ == PROMPTS and __[2]["source"] == "z"
+    assert images is IMAGES
+    assert _ == PROMPTS
+    assert __[2]["source"] == "z"
     return [1, 2, 3]
 
 
 def grpo(prompts: list[str], completions: Tensor, answer: list[int], **columns: Any) -> list[float]:
-    assert prompts == PROMPTS and completions is IMAGES and answer == [1, 2, 3]
+    assert prompts == PROMPTS
+    assert completions is IMAGES
+    assert answer == [1, 2, 3]
     assert columns == {"answer": [1, 2, 3], "source": ["x", "y", "z"]} or columns == {"source": ["x", "y", "z"]}
     return [1.0, 2.0, 3.0]
 
 
 def grpo_completions_first(completions: Tensor, answer: list[int], **kwargs: Any) -> list[int]:
-    assert completions is IMAGES and kwargs["prompts"] == PROMPTS and "images" not in kwargs
+    assert completions is IMAGES
+    assert kwargs["prompts"] == PROMPTS
+    assert "images" not in kwargs
     return answer
 
 
 def grpo_all_keywords(**kwargs: Any) -> list[int]:
-    assert kwargs["completions"] is kwargs["samples"] is kwargs["images"] is IMAGES and kwargs["prompts"] == PROMPTS
+    assert kwargs["completions"] is kwargs["samples"] is kwargs["images"] is IMAGES
+    assert kwargs["prompts"] == PROMPTS
     result: list[int] = kwargs["answer"]
     return result
 
 
 async def grpo_async(prompts: list[str], images: Tensor, **columns: Any) -> list[int]:
     await asyncio.sleep(0)
-    assert images is IMAGES and prompts == PROMPTS
+    assert images is IMAGES
+    assert prompts == PROMPTS
     return list(columns["answer"])
 
 
 def prompts_first(prompt: list[str], image: Tensor, /, *, answer: list[int]) -> list[int]:
-    assert prompt == PROMPTS and image is IMAGES
+    assert prompt == PROMPTS
+    assert image is IMAGES
     return answer
 
 
 def images_and_column(images: Tensor, answer: list[int], scale: float = 1.0) -> list[float]:
-    assert images is IMAGES and scale == 1.0
+    assert images is IMAGES
+    assert scale == 1.0
     return [scale * value for value in answer]
 
 
 def house_style(samples: Tensor, prompts: list[str], **columns: Any) -> list[int]:
-    assert samples is IMAGES and prompts == PROMPTS and set(columns) == {"answer", "source"}
+    assert samples is IMAGES
+    assert prompts == PROMPTS
+    assert set(columns) == {"answer", "source"}
     return list(columns["answer"])
 
 
 class Judge:
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        assert images is IMAGES and prompts == PROMPTS
+        assert images is IMAGES
+        assert prompts == PROMPTS
         return torch.tensor([1, 2, 3])
 
 
@@ -106,12 +124,13 @@ def test_every_signature_gets_its_arguments(function: Callable[..., Any]) -> Non
     reward = as_reward(function)
     assert isinstance(reward, Reward)
     values = reward(IMAGES, PROMPTS, **COLUMNS)
-    assert values.dtype == torch.float32 and values.tolist() == [1.0, 2.0, 3.0]
+    assert values.dtype == torch.float32
+    assert values.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_names() -> None:
     wanted = ["ddpo", "Judge", "with_factor", "Head"]
-    functions = [ddpo, Judge(), functools.partial(with_factor, factor=2.0), Head()]
+    functions: list[Callable[..., Any]] = [ddpo, Judge(), functools.partial(with_factor, factor=2.0), Head()]
     assert [as_reward(function).name for function in functions] == wanted
     assert as_reward(ddpo, name="mine").name == "mine"
     reward = as_reward(ddpo)

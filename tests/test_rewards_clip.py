@@ -79,7 +79,8 @@ def test_micro_batches_change_nothing(clip: ClipScore, batch_size: int) -> None:
 
 def test_long_prompts_are_cut_where_the_tokenizer_cuts(clip: ClipScore) -> None:
     tokens = clip._tokens([PROMPTS[3]])["input_ids"]
-    assert tokens.shape == (1, LENGTH) and tokens[0, -1] == clip.tokenizer.eos_token_id
+    assert tokens.shape == (1, LENGTH)
+    assert tokens[0, -1] == clip.tokenizer.eos_token_id
     images = pictures(2)
     values = clip(images, [PROMPTS[3], PROMPTS[3] + " and a cube"])
     torch.testing.assert_close(values[:1], clip(images[:1], [PROMPTS[3]]))
@@ -99,7 +100,9 @@ def test_prompts_are_embedded_once(clip: ClipScore, monkeypatch: pytest.MonkeyPa
     images = pictures(4)
     with torch.inference_mode():
         first = reward(images, PROMPTS)
-    assert seen == [3] and torch.equal(reward(images, PROMPTS), first) and seen == [3]
+    assert seen == [3]
+    assert torch.equal(reward(images, PROMPTS), first)
+    assert seen == [3]
     reward(images.requires_grad_(), PROMPTS).sum().backward()  # embeddings kept from inference mode still serve
     monkeypatch.setattr("tropism.rewards.clip.CACHED_PROMPTS", 4)
     torch.testing.assert_close(reward(images, ["x", "y", *PROMPTS[:2]])[2:], reward(images[2:], PROMPTS[:2]))
@@ -131,11 +134,13 @@ def test_a_gradient_step_raises_the_score(clip: ClipScore) -> None:
 
 
 def test_only_the_pixels_get_gradients(clip: ClipScore) -> None:
-    assert not any(parameter.requires_grad for parameter in clip.model.parameters()) and not clip.model.training
+    assert not any(parameter.requires_grad for parameter in clip.model.parameters())
+    assert not clip.model.training
     assert not clip(pictures(2), PROMPTS[:2]).requires_grad
     images = pictures(2).requires_grad_()
     clip(images, PROMPTS[:2]).sum().backward()
-    assert images.grad is not None and all(parameter.grad is None for parameter in clip.model.parameters())
+    assert images.grad is not None
+    assert all(parameter.grad is None for parameter in clip.model.parameters())
     with torch.no_grad():
         assert not clip(images, PROMPTS[:2]).requires_grad
 
@@ -147,7 +152,8 @@ def test_lower_precision_and_autocast(folder: Path, clip: ClipScore) -> None:
         torch.testing.assert_close(clip(images, PROMPTS), wanted, atol=0, rtol=0)
     half = PickScore.from_pretrained(folder, dtype=torch.bfloat16)
     values = half(images.bfloat16(), PROMPTS)
-    assert half.model.dtype == torch.bfloat16 and values.dtype == torch.float32
+    assert half.model.dtype == torch.bfloat16
+    assert values.dtype == torch.float32
     assert half.multiplier == pytest.approx(float(clip.model.logit_scale.exp()), rel=1e-6)
     assert (values / half.multiplier * 100 - wanted).abs().max() < 2.0  # bfloat16 has 8 bits
 

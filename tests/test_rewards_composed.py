@@ -29,7 +29,9 @@ def mean_of(channel: int) -> Reward:
 
 def test_weighted_sum_and_parts() -> None:
     total = Weighted([(fixed("u", 1, 2, 3, 4), 0.5), (fixed("v", 8, 0, NAN, 4), -1.0)])
-    assert isinstance(total, Reward) and total.name == "0.5*u + -1*v" and not total.differentiable
+    assert isinstance(total, Reward)
+    assert total.name == "0.5*u + -1*v"
+    assert not total.differentiable
     assert torch.equal(total(IMAGES, PROMPTS).nan_to_num(99), torch.tensor([-7.5, 1.0, 99.0, -2.0]))
     scores = score(total, IMAGES, PROMPTS)
     assert scores.info["u"].tolist() == [1, 2, 3, 4]
@@ -62,7 +64,9 @@ def test_a_part_without_spread_is_left_as_it_is(values: tuple[float, ...]) -> No
 def test_a_part_of_weight_zero_is_logged_but_not_summed() -> None:
     total = Weighted([(mean_of(0), 1.0), (fixed("seen", NAN, 1, 1, 1), 0.0)])
     scores = score(total, IMAGES, PROMPTS)
-    assert total.differentiable and not scores.values.isnan().any() and scores.info["seen"].isnan()[0]
+    assert total.differentiable
+    assert not scores.values.isnan().any()
+    assert scores.info["seen"].isnan()[0]
 
 
 def test_the_graph_goes_through_the_sum_but_not_through_the_scale() -> None:
@@ -143,13 +147,16 @@ def test_scenes_scores_passes_and_parts() -> None:
     captions = ["plain", "a red one", "dark"]
     reward = ScenesReward(verifier)
     scores = score(reward, images.requires_grad_(), captions)
-    assert isinstance(reward, Reward) and not reward.differentiable
-    assert scores.values.dtype == torch.float32 and scores.values.tolist() == [1.0, 0.5, 0.0]
+    assert isinstance(reward, Reward)
+    assert not reward.differentiable
+    assert scores.values.dtype == torch.float32
+    assert scores.values.tolist() == [1.0, 0.5, 0.0]
     assert verifier.seen.dtype == np.float32 and verifier.seen.min() == 0.0, "pictures are clamped"
     assert scores.info["passed"].tolist() == [1.0, 0.0, 0.0]
     torch.testing.assert_close(scores.info["red"], torch.tensor([NAN, 0.0, NAN]), equal_nan=True)
     passes = ScenesReward(verifier, mode="pass")
-    assert passes(images, captions).tolist() == [1.0, 0.0, 0.0] and passes.name != reward.name
+    assert passes(images, captions).tolist() == [1.0, 0.0, 0.0]
+    assert passes.name != reward.name
 
 
 def test_scenes_mistakes() -> None:
@@ -159,9 +166,9 @@ def test_scenes_mistakes() -> None:
         ScenesReward(lambda images, captions: [Verdict(1.0, {})])(IMAGES, PROMPTS)
 
     def confused(images: Any, captions: Sequence[str]) -> list[Verdict]:
-        raise LookupError("no such caption")
+        raise LookupError("no such caption\nand more")
 
-    with pytest.raises(RewardError, match="raised LookupError: no such caption"):
+    with pytest.raises(RewardError, match=r"raised LookupError: no such caption$"):
         ScenesReward(confused)(IMAGES, PROMPTS)
     with pytest.raises(RewardError, match=r"wanted images \(B, 3, H, W\)"):
         ScenesReward(Verifier())(IMAGES[0], PROMPTS)

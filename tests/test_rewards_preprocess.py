@@ -26,7 +26,8 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]))
-    return CLIPTokenizer.from_pretrained(folder)
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    return tokenizer
 
 
 def tiny_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
@@ -89,18 +90,22 @@ def test_preprocessing_is_close_to_the_image_processor(folder: Path, height: int
     gap = ((ours - theirs) * torch.tensor([0.2, 0.3, 0.4])[:, None, None]).abs() * 255  # in bytes
     assert ours.shape == theirs.shape == (2, 3, SIDE, SIDE)
     resized = (height, width) != (SIDE, SIDE)  # Pillow rounds twice, half a byte each
-    assert gap.max() <= (1.05 if resized else 1e-3) and gap.mean() <= 0.35
+    assert gap.max() <= (1.05 if resized else 1e-3)
+    assert gap.mean() <= 0.35
 
 
 def test_preprocessing_of_old_settings_exact_sizes_and_black_borders() -> None:
     old = Preprocess.of({"size": 32, "crop_size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
-    assert old.size == 32 and old.crop == (32, 32) and old.mean == (0.5, 0.5, 0.5)
+    assert old.size == 32
+    assert old.crop == (32, 32)
+    assert old.mean == (0.5, 0.5, 0.5)
     squeezed = Preprocess.of({"size": {"height": 8, "width": 12}, "do_center_crop": False, "do_normalize": False})
     flat = torch.full((1, 3, 20, 20), 0.25)
     torch.testing.assert_close(squeezed(flat), torch.full((1, 3, 8, 12), 0.25))
     whole = Preprocess(size=8, crop=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, longest=True)
     bordered = whole(torch.ones(1, 3, 8, 16))[0, 0]
-    assert bordered.sum() == 4 * 8 and bordered[2:6].min() == 1.0
+    assert bordered.sum() == 4 * 8
+    assert bordered[2:6].min() == 1.0
     assert Preprocess().size == 224
 
 

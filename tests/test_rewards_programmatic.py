@@ -32,8 +32,8 @@ def noise(batch: int = 4, side: int = 16, dtype: torch.dtype = torch.float32) ->
     return bytes_.to(dtype) / 255
 
 
-def solid(red: float, green: float, blue: float, side: int = 16) -> Tensor:
-    return torch.tensor([red, green, blue], dtype=torch.float32)[None, :, None, None].expand(1, 3, side, side)
+def solid(red: float, green: float, blue: float) -> Tensor:
+    return torch.tensor([red, green, blue], dtype=torch.float32)[None, :, None, None].expand(1, 3, 32, 32)
 
 
 def pillow(image: Tensor) -> Image.Image:
@@ -63,7 +63,8 @@ def test_saturation_is_that_of_hsv() -> None:
 def test_solid_colors(color: tuple[float, ...], brightness: float, saturation: float, redness: float) -> None:
     found = {name: float(value) for name, value in pixel_statistics(solid(*color)).items()}
     assert found["brightness"] == pytest.approx(brightness, abs=1e-6)
-    assert found["saturation"] == pytest.approx(saturation) and found["redness"] == pytest.approx(redness)
+    assert found["saturation"] == pytest.approx(saturation)
+    assert found["redness"] == pytest.approx(redness)
     flat = [found[name] for name in ("contrast", "high_frequency", "colour_entropy", "edge_density")]
     assert flat == pytest.approx([0, 0, 0, 0], abs=1e-6)
     assert found["dark_fraction"] == float(brightness < 0.1)
@@ -117,8 +118,11 @@ def test_every_builder_makes_a_reward_that_treats_images_alone(name: str) -> Non
     reward = PROGRAMMATIC[name]()
     images, prompts = noise(3, 16), ["a", "b", "c"]
     values = reward(images, prompts)
-    assert isinstance(reward, Reward) and reward.name == name
-    assert values.shape == (3,) and values.dtype == torch.float32 and values.isfinite().all()
+    assert isinstance(reward, Reward)
+    assert reward.name == name
+    assert values.shape == (3,)
+    assert values.dtype == torch.float32
+    assert values.isfinite().all()
     alone = torch.cat([reward(image[None], ["p"]) for image in images])
     torch.testing.assert_close(values, alone)
     half = reward(images.half(), prompts)
@@ -126,7 +130,7 @@ def test_every_builder_makes_a_reward_that_treats_images_alone(name: str) -> Non
 
 
 def test_jpeg_is_the_size_of_the_file() -> None:
-    images = torch.cat([noise(2, 32), solid(0.2, 0.4, 0.6, 32)])
+    images = torch.cat([noise(2, 32), solid(0.2, 0.4, 0.6)])
     wanted = []
     for image in images:
         file = io.BytesIO()
@@ -135,7 +139,8 @@ def test_jpeg_is_the_size_of_the_file() -> None:
     prompts = ["", "", ""]
     large, small = JpegIncompressibility()(images, prompts), JpegCompressibility()(images, prompts)
     np.testing.assert_allclose(large, wanted, rtol=1e-6)
-    assert torch.equal(small, -large) and large[0] > 2 * large[2]
+    assert torch.equal(small, -large)
+    assert large[0] > 2 * large[2]
     assert torch.equal(JpegIncompressibility()(images - 0.4 / 255, prompts), large), "rounded, not cut"
     white = JpegIncompressibility()(torch.ones_like(images), prompts)
     assert torch.equal(JpegIncompressibility()(images + 5, prompts), white)

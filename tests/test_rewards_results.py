@@ -39,7 +39,9 @@ RESULTS: list[Any] = [
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
 def test_every_kind_of_result(result: Any) -> None:
     values = returning(result)(IMAGES, PROMPTS)
-    assert values.dtype == torch.float32 and values.shape == (3,) and values.tolist() == [0.0, 1.0, 1.0]
+    assert values.dtype == torch.float32
+    assert values.shape == (3,)
+    assert values.tolist() == [0.0, 1.0, 1.0]
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e30, 1e30)), min_size=1, max_size=6))
@@ -63,7 +65,8 @@ def test_one_number_is_for_one_sample() -> None:
 def test_two_scores_in_a_tuple_are_not_scores_and_info() -> None:
     assert returning((0.5, 0.75))(IMAGES[:2], PROMPTS[:2]).tolist() == [0.5, 0.75]
     values = returning((0.5, None))(IMAGES[:2], PROMPTS[:2])
-    assert values[0] == 0.5 and values[1].isnan()
+    assert values[0] == 0.5
+    assert values[1].isnan()
 
 
 # Gradients.
@@ -74,12 +77,14 @@ def test_the_graph_is_kept_only_towards_samples_that_ask() -> None:
     reward = as_reward(lambda images: scale * images.mean((1, 2, 3)))
     images = IMAGES.clone().requires_grad_()
     reward(images, PROMPTS).sum().backward()
-    assert images.grad is not None and torch.allclose(images.grad, torch.full_like(images, 1 / 48))
+    assert images.grad is not None
+    assert torch.allclose(images.grad, torch.full_like(images, 1 / 48))
     assert not reward(IMAGES, PROMPTS).requires_grad
     with torch.no_grad():
         assert not reward(images, PROMPTS).requires_grad
     listed = as_reward(lambda images: [None, *images.mean((1, 2, 3))[1:]])(images, PROMPTS)
-    assert listed.requires_grad and listed.isnan().tolist() == [True, False, False]
+    assert listed.requires_grad
+    assert listed.isnan().tolist() == [True, False, False]
 
 
 def test_declared_and_probed() -> None:
@@ -94,7 +99,8 @@ def test_declared_and_probed() -> None:
         broken(images, PROMPTS)
     assert broken(IMAGES, PROMPTS).shape == (3,)
     undeclared = as_reward(means)
-    assert isinstance(undeclared, ScoredReward) and not undeclared.differentiable
+    assert isinstance(undeclared, ScoredReward)
+    assert not undeclared.differentiable
     assert undeclared.probed(IMAGES, PROMPTS).differentiable
     assert not returning([1, 2, 3]).probed(IMAGES, PROMPTS).differentiable
     assert not IMAGES.requires_grad
@@ -131,7 +137,8 @@ MISTAKES: list[tuple[Any, str]] = [
 def test_mistakes_are_one_sentence(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(RewardError, match=message) as caught:
         as_reward(function)(IMAGES, PROMPTS, **COLUMNS)
-    assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
 
 
 def test_the_cause_is_chained() -> None:

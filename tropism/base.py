@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from tropism.randomness import Randomness
+
 Cond = Mapping[str, Tensor]
 """What a denoiser is conditioned on: named tensors that all have the batch as their first dimension."""
 
@@ -89,7 +91,7 @@ class Transition(Protocol):
     @property
     def event_size(self) -> int: ...
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
+    def sample(self, generator: Randomness = None) -> Tensor: ...
 
     def log_prob(self, x: Tensor) -> Tensor:
         """(B, ...) -> (B,), float32 nats; 0 where the step is not random."""

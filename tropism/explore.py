@@ -8,6 +8,7 @@ before the first update is 1. Evaluation uses the default guidance and the promp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,8 +50,7 @@ class Exploration:
         chosen = (torch.rand(count, generator=generator) < self.probability).to(device)
         perturbed = dict(cond)
         if self.low is not None:
-            default = torch.full((count,), model.guidance_scale, device=device)
-            perturbed["guidance_low"] = torch.full_like(default, self.low).where(chosen, default)
+            perturbed["guidance_low"] = torch.full((count,), self.low, device=device).where(chosen, math.nan)
         if self.phrase_weights != (1.0, 1.0):
             perturbed["prompt_embeds"] = self._reweighted(model, prompts, cond, chosen, generator)
         return perturbed

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, take
 from tropism.guidance.cfg import Guided, Scale
+from tropism.randomness import Randomness, normal, row_generators, row_seeds
 from tropism.samplers.chain import Move, walk
 
 
@@ -20,7 +21,8 @@ class Policy:
     """``steps`` moves of ``kernel`` through the guided ``model``, from noise to a clean latent.
 
     ``guidance`` is a number, a ``Scale``, or None for the model's default. ``detach_null`` keeps gradients out of the
-    unconditional branch. ``microbatch`` bounds how many chains run at once; it never changes what they are.
+    unconditional branch. ``microbatch`` bounds how many chains run at once; it never changes what they are, because
+    every chain has its own noise.
     """
 
     model: TextToImage
@@ -52,23 +54,23 @@ class Policy:
         """Where the model computes."""
         return next(iter(self.model.null().values())).device
 
-    def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count, ...) standard normal, drawn where the generator lives."""
-        device = self.device if generator is None else generator.device
-        return torch.randn(count, *self.model.latent_shape, generator=generator, device=device).to(self.device)
+    def noise(self, count: int, generator: Randomness = None) -> Tensor:
+        """(count, ...) standard normal, drawn where its generators live."""
+        return normal((count, *self.model.latent_shape), generator, self.device)
 
-    def chain(self, x: Tensor, cond: Cond, generator: torch.Generator | None = None) -> Iterator[Move]:
+    def chain(self, x: Tensor, cond: Cond, generator: Randomness = None) -> Iterator[Move]:
         """The moves from x (B, ...); gradients are kept or not by the caller's context."""
         return walk(self.kernel, self.denoiser, x, self.ts, cond, generator)
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], generator: torch.Generator | None = None, x: Tensor | None = None) -> Tensor:
         """Clean latents (B, ...), from x (B, ...) or fresh noise."""
-        x = self.noise(len(prompts), generator) if x is None else x
+        own = row_generators(row_seeds(len(prompts), generator))
+        x = self.noise(len(prompts), own) if x is None else x
         cond = self.model.encode(prompts)
         ends = []
         for rows in torch.arange(len(prompts)).split(self.microbatch):
-            *_, last = self.chain(x[rows], take(cond, rows), generator)
+            *_, last = self.chain(x[rows], take(cond, rows), [own[row] for row in rows])
             ends.append(last.x_next)
         return torch.cat(ends)
 
@@ -100,16 +102,17 @@ class Chains:
 
 
 @torch.no_grad()
-def run_chains(policy: Policy, x: Tensor, cond: Cond, generator: torch.Generator | None = None) -> Chains:
-    """Chains from x (B, ...) under ``cond`` (B rows), by micro-batches."""
+def run_chains(policy: Policy, x: Tensor, cond: Cond, generators: Sequence[torch.Generator]) -> Chains:
+    """Chains from x (B, ...) under ``cond`` (B rows), by micro-batches, each with its own generator (B)."""
     parts = [
-        _run(policy, x[rows], take(cond, rows), generator) for rows in torch.arange(len(x)).split(policy.microbatch)
+        _run(policy, x[rows], take(cond, rows), [generators[row] for row in rows])
+        for rows in torch.arange(len(x)).split(policy.microbatch)
     ]
     xs, log_prob, mask = (torch.cat(values) for values in zip(*parts, strict=True))
     return Chains(xs, policy.ts, log_prob, mask, xs[:, -1])
 
 
-def _run(policy: Policy, x: Tensor, cond: Cond, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+def _run(policy: Policy, x: Tensor, cond: Cond, generator: Randomness) -> tuple[Tensor, Tensor, Tensor]:
     moves = [
         (move.x_next, move.transition.log_prob(move.x_next), move.transition.is_random)
         for move in policy.chain(x, cond, generator)
@@ -118,9 +121,10 @@ def _run(policy: Policy, x: Tensor, cond: Cond, generator: torch.Generator | Non
     return torch.cat([x[:, None].float(), states], dim=1), log_prob, mask
 
 
+@torch.no_grad()
 def score_latents(policy: Policy, reward: Reward, latents: Tensor, prompts: Prompts) -> Tensor:
     """Rewards (B,) of decoded latents; the columns of ``prompts`` reach the reward by name. Without gradients."""
-    return reward(policy.decode(latents), prompts.text, **prompts.columns).detach().to(latents.device)
+    return reward(policy.decode(latents), prompts.text, **prompts.columns).to(latents.device)
 
 
 def reward_statistics(reward: Tensor, group: Tensor) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,12 @@ def trainable(
         usable &= rank < (move_fraction * usable.sum(1, keepdim=True)).ceil()
     rows, columns = usable.nonzero(as_tuple=True)
     return rows, columns
+
+
+def slices(order: Tensor, updates: int, minibatch: int) -> list[Sequence[Tensor]]:
+    """``order`` (N,) in ``updates`` nearly equal parts, each in minibatches. A part may have none: there are always
+    ``updates`` of them, so that processes agree on how often to step."""
+    return [part.split(minibatch) if len(part) else () for part in order.tensor_split(updates)]
 
 
 def gather(rollout: Rollout, rows: Tensor, columns: Tensor, on_policy: bool, info: Mapping[str, float]) -> Cells:

@@ -73,15 +73,20 @@ def update(
 ) -> float:
     """Divides the summed gradients once by the all-reduced weight, clips, checks, steps. Returns the gradient's norm.
 
-    The division is by what every process together stands for, so 1, 2 and 4 processes make the same update.
+    The division is by what every process together stands for, so 1, 2 and 4 processes make the same update. Raises
+    NothingToLearn, on every process, when that is nothing.
     """
     total = accelerator.reduce(weight.detach().clone(), "sum")
+    if not float(total):
+        raise NothingToLearn(
+            f"step {step} has nothing to learn from: every reward is missing, or equal to the others of its prompt"
+        )
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if accelerator.num_processes > 1:
             parameter.grad = accelerator.reduce(parameter.grad, "sum")
-        parameter.grad.div_(total.clamp(min=1e-12).to(parameter.grad))
+        parameter.grad.div_(total.to(parameter.grad))
     norm = clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
     check_finite(norm, "the gradient norm", step)
     optimizer.step()
@@ -140,8 +145,4 @@ def _one_batch(
             weight += loss.weight.detach().double().cpu()
         norms.append(update(optimizer, parameters, weight, max_norm=max_norm, step=number, accelerator=accelerator))
         method.after_step()
-    if not norms or not sums.weight:
-        raise NothingToLearn(
-            f"step {number} has nothing to learn from: every reward is missing, or equal to the others of its prompt"
-        )
     return sums, info, norms

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import bcast
+from tropism.randomness import Randomness, normal
 
 
 def _event_sum(value: Tensor) -> Tensor:
@@ -24,11 +25,6 @@ def _event_sum(value: Tensor) -> Tensor:
 def _same_shape(x: Tensor, wanted: torch.Size) -> None:
     if x.shape != wanted:
         raise ValueError(f"x has shape {tuple(x.shape)}, this law has {tuple(wanted)}; pass one state per row")
-
-
-def _draw_device(generator: torch.Generator | None, device: torch.device) -> torch.device:
-    """Noise is drawn where its generator lives, so that one seed means one chain on every device."""
-    return device if generator is None else generator.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +70,9 @@ class Gaussian:
         """The number of dimensions that a log-probability sums over."""
         return math.prod(self.mean.shape[1:])
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: Randomness = None) -> Tensor:
         """(B, ...) mean + std * noise, differentiable in both; exactly the mean where std is 0."""
-        device = _draw_device(generator, self.mean.device)
-        noise = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
-        return self.mean + self._std * noise
+        return self.mean + self._std * normal(self.mean.shape, generator, self.mean.device)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """(B, ...) -> (B,) float32; 0 (and no gradient) for rows that are not random."""
@@ -131,9 +125,13 @@ class Categorical:
         """The number of symbols that a log-probability sums over."""
         return math.prod(self.logits.shape[1:-1])
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: Randomness = None) -> Tensor:
         """(B, ...) int64."""
-        table = self.log_probs.exp().flatten(0, -2).to(_draw_device(generator, self.logits.device))
+        if generator is not None and not isinstance(generator, torch.Generator):
+            rows = zip(self.logits.split(1), generator, strict=True)
+            return torch.cat([Categorical(row).sample(each) for row, each in rows])
+        home = self.logits.device if generator is None else generator.device
+        table = self.log_probs.exp().flatten(0, -2).to(home)
         return torch.multinomial(table, 1, generator=generator).reshape(self.logits.shape[:-1]).to(self.logits.device)
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Span:
 
 
 class Window(Protocol):
-    """Draws which moves keep a graph, once a micro-batch."""
+    """Draws which moves keep a graph, once a batch."""
 
     def __call__(self, steps: int, generator: torch.Generator | None = None) -> Span: ...
 

@@ -39,7 +39,8 @@ def main() -> None:
     everything = torch.cat(latents).contiguous()
     deviation, mean = torch.std_mean(everything.float(), dim=(0, 2, 3))
     print("channel mean", mean.tolist(), "deviation", deviation.tolist())
-    save_file({"latents": everything, "ids": torch.cat(ids)}, args.out)
+    empty = tokenize(tokenizer, [""])[0].short()
+    save_file({"latents": everything, "ids": torch.cat(ids), "empty": empty}, args.out)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def interval(w: float, low: float, high: float) -> Scale:
 def step(low: float, high: float, until: float) -> Scale:
     """``low`` while t > until, ``high`` afterwards: DiffExp's dynamic guidance (2502.14070).
 
-    A row's own entry cond["guidance_low"] (B,) takes the place of ``low``; a row there with ``high`` is not perturbed.
+    A row's own entry cond["guidance_low"] (B,) takes the place of ``low``; NaN there leaves the row at ``high``.
     """
     if not 0 <= until <= 1:
         raise ValueError(f"until must be a time in [0, 1]; got {until}")
@@ -47,7 +47,7 @@ def step(low: float, high: float, until: float) -> Scale:
         early = cond["guidance_low"].to(t) if "guidance_low" in cond else torch.full_like(t, low)
         if early.shape != t.shape:
             raise ValueError(f"guidance_low {tuple(early.shape)} must have one entry per row, {tuple(t.shape)}")
-        return early.where(t > until, high)
+        return early.where((t > until) & ~early.isnan(), high)
 
     return scale
 

@@ -27,7 +27,8 @@ from tropism.explore import Exploration
 from tropism.losses import policy as losses
 from tropism.methods.settings import PolicyGradientSettings
 from tropism.policy import Policy, reward_statistics, run_chains, score_latents
-from tropism.rollout import Cells, gather, trainable
+from tropism.randomness import row_generators, row_seeds
+from tropism.rollout import Cells, gather, slices, trainable
 from tropism.samplers import DDIM, FlowSDE
 from tropism.schedules import RectifiedFlow
 
@@ -47,9 +48,10 @@ def score_function(now: Tensor, acting: Tensor, advantage: Tensor) -> Tensor:
 
 @dataclass
 class DDPO:
-    """``minibatch`` cells a backward pass, ``updates`` optimizer steps a pass, ``inner_epochs`` passes over a rollout and
-    ``move_fraction`` of its moves (drawn per image), advantages clamped to +-``max_advantage``. ``same_noise`` starts the images of a group from one noise;
-    ``skip_last`` leaves the last move out where a kernel draws noise that is only ever seen as noise.
+    """``minibatch`` cells a backward pass, ``updates`` optimizer steps a pass, ``inner_epochs`` passes over a rollout
+    and ``move_fraction`` of its moves (drawn per image), advantages clamped to +-``max_advantage``. ``same_noise``
+    starts the images of a group from one noise; ``skip_last`` leaves the last move out where a kernel draws noise that
+    is only ever seen as noise.
     """
 
     policy: Policy
@@ -78,8 +80,7 @@ class DDPO:
         self._updated = False
         for _ in range(self.inner_epochs):
             order = torch.randperm(len(rows), generator=self.generator)
-            for part in order.chunk(self.updates):
-                parts = part.split(self.minibatch)
+            for parts in slices(order, self.updates, self.minibatch):
                 yield (gather(rollout, rows[index], columns[index], not self._updated, info) for index in parts)
 
     def rollout(self, batch: Prompts) -> Rollout:
@@ -87,10 +88,11 @@ class DDPO:
         cond = self.policy.model.encode(batch.text)
         if self.explore is not None:
             cond = self.explore(self.policy.model, batch.text, cond, self.generator)
-        x = self.policy.noise(len(batch.text), self.generator)
+        generators = row_generators(row_seeds(len(batch.text), self.generator))
+        x = self.policy.noise(len(batch.text), generators)
         if self.same_noise:
             x = x[(batch.group[:, None] == batch.group[None, :]).int().argmax(1)]
-        chains = run_chains(self.policy, x, cond, self.generator)
+        chains = run_chains(self.policy, x, cond, generators)
         reward = score_latents(self.policy, self.reward, chains.final, batch)
         advantage = self.credit(batch.text, reward.cpu(), batch.group).to(reward.device)
         advantage = advantage.clamp(-self.max_advantage, self.max_advantage)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tropism.base import Cond
 from tropism.denoisers import NetDenoiser
 from tropism.models.adapters import Full, Lora, Trained, lora_config, read_lora
+from tropism.models.phrases import token_phrases
 
 CACHE_BYTES = 256 * 2**20
 
@@ -114,6 +115,13 @@ class LatentPipeline(ABC):
         rows = {name: value.to(dtype) for name, value in cond.items()}
         with nullcontext() if trained is None else trained.precision():
             return self._predict(net, x.to(dtype), tau, rows).float()
+
+    def phrases(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L) int64: the phrase of each token of cond["prompt_embeds"], -1 for none (start, end, padding, T5's)."""
+        length = self.encode(prompts)["prompt_embeds"].shape[1]
+        tokens = min(length, int(self.pipe.tokenizer.model_max_length))
+        found = token_phrases(self.pipe.tokenizer, prompts, tokens)
+        return torch.nn.functional.pad(found, (0, length - tokens), value=-1)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

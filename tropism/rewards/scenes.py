@@ -56,7 +56,8 @@ class ScenesReward:
         try:
             verdicts = self.verify_batch(pixels, list(prompts))
         except Exception as cause:
-            raise RewardError(f"the verifier of '{self.name}' raised {type(cause).__name__}: {cause}") from cause
+            said = f"{type(cause).__name__}: {cause}".strip().split("\n")[0]
+            raise RewardError(f"the verifier of '{self.name}' raised {said}") from cause
         if len(verdicts) != len(prompts):
             got = f"{len(verdicts)} verdicts for {len(prompts)} pictures"
             raise RewardError(f"the verifier of '{self.name}' gave {got}")

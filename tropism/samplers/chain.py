@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Kernel, Prediction, Transition
+from tropism.randomness import Randomness
 
 
 class Move(NamedTuple):
@@ -29,7 +30,7 @@ def walk(
     x: Tensor,
     ts: Tensor,
     cond: Cond,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Iterator[Move]:
     """Moves from x at ts[0] to ts[-1]: x (B, ...), ts (K + 1,) strictly decreasing in [0, 1], cond rows (B, ...).
 

@@ -1,0 +1,34 @@
+"""What every test runs under: one thread, no network, no display. Nothing is seeded here: tests pass generators."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch and numpy are imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["MPLBACKEND"] = "Agg"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Stable Diffusion pipeline of random weights; not to be written to."""
+    import tiny
+
+    return tiny.sd_folder(tmp_path_factory.mktemp("tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Stable Diffusion 3 pipeline of random weights; not to be written to."""
+    import tiny
+
+    return tiny.sd3_folder(tmp_path_factory.mktemp("tiny-sd3"))

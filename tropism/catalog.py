@@ -1,0 +1,224 @@
+"""Names for things, and the things themselves: methods, models, rewards, prompts. The only file that wires them.
+
+Methods are found, not registered: every module of ``tropism.methods`` with a ``Settings`` class is one. Functions that
+are called ``check_...`` load nothing; what they accept can still fail to load, with a sentence of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tropism.config import BadInput, one_line, suggest
+from tropism.plugins import load_function
+
+if TYPE_CHECKING:
+    import torch
+
+    from tropism.base import Reward
+    from tropism.data.prompts import PromptSet
+    from tropism.models.latent_pipeline import LatentPipeline
+
+PACKAGE = Path(__file__).parent
+WEIGHTS = PACKAGE / "worlds" / "scenes" / "weights"
+SHIPPED: Mapping[str, str] = {"scenes": "sd", "scenes-sd": "sd", "scenes-flow": "flow"}
+SHIPPED_CLIP = "clip"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
+
+
+# Methods.
+
+
+def method_names() -> dict[str, str]:
+    """Every method, as it is typed, with the first line of its file; nothing is imported."""
+    found = {}
+    for file in sorted((PACKAGE / "methods").glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in tree.body):
+            found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
+
+
+def method_settings(name: str) -> type[Any]:
+    """The settings class of a method; dashes and underscores are the same. Raises BadInput for an unknown name."""
+    known = method_names()
+    if name.replace("_", "-") not in known:
+        raise BadInput(f"there is no method {name!r}; {suggest(name, known)}")
+    settings: type[Any] = importlib.import_module(f"tropism.methods.{name.replace('-', '_')}").Settings
+    return settings
+
+
+# Models.
+
+
+def check_model(name: str) -> str | Path:
+    """The folder or hub name behind a name. Raises BadInput for a folder without a pipeline and for an unknown name."""
+    if name in SHIPPED:
+        folder = WEIGHTS / SHIPPED[name]
+        if not (folder / "model_index.json").is_file():
+            raise BadInput(f"the weights of {name} are not in this installation ({folder}); reinstall tropism")
+        return folder
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise BadInput(f"model is {name}, which has no model_index.json; wanted the folder of a diffusers pipeline")
+        return folder
+    if not HUB_NAME.fullmatch(name) or name.startswith((".", "/", "~")):
+        raise BadInput(f"there is no model {name!r}; wanted {', '.join(SHIPPED)}, a folder, or a hub name (owner/model)")
+    return name
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LatentPipeline:
+    """The pipeline of that name. Raises ValueError or OSError, in one sentence, when it cannot be loaded."""
+    from tropism.models.pipelines import load_pipeline
+
+    return load_pipeline(check_model(name), dtype, device)
+
+
+# Prompts.
+
+
+def own_prompts(model: str, held_out: bool) -> str | None:
+    """The name of the prompts that a model was made for; None when there are none."""
+    return ("scenes-held-out" if held_out else "scenes") if model in SHIPPED else None
+
+
+def read_prompt_set(name: str) -> PromptSet:
+    """A file of prompts, or a set by name: scenes, scenes-held-out, either with -single, -count or -pair for captions of
+    one kind and :N for how many (512 by default, 64 of those held out). Raises BadInput."""
+    from tropism.data.prompts import PromptSet, read_prompts
+    from tropism.worlds.scenes import KINDS, captions
+
+    match = SCENES_PROMPTS.fullmatch(name)
+    try:
+        if match is None or Path(name).is_file():
+            return read_prompts(name)
+        kinds = (match["kind"],) if match["kind"] else KINDS
+        split, usual = ("held_out", 64) if match["held"] else ("train", 512)
+        return PromptSet(captions(int(match["count"] or usual), 0, split, kinds))  # type: ignore[arg-type]
+    except (ValueError, OSError) as error:
+        raise BadInput(f"prompts is {name}: {one_line(error)}") from error
+
+
+# Rewards.
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What ``NAME[:SOURCE][=WEIGHT]`` or ``MODULE:FUNCTION[=WEIGHT]`` says."""
+
+    text: str  # without the weight
+    name: str  # of a reward in the package, or of the user's function
+    source: str | None  # where a packaged reward finds its weights, or the user's module
+    weight: float
+    packaged: bool
+    call: Callable[..., Any] | None = None  # the user's function, once imported
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A reward of the package: how to build it from (source or None, device)."""
+
+    build: Callable[[str | None, torch.device], Reward]
+    doc: str
+    takes_source: bool = True
+
+
+def own_rewards(model: str) -> list[str]:
+    """The rewards that a model was made for."""
+    return ["scenes"] if model in SHIPPED else []
+
+
+def parse_reward(text: str) -> RewardSpec:
+    """Raises BadInput for a weight that is no number and for what is neither a name nor MODULE:FUNCTION."""
+    body, equals, number = text.rpartition("=")
+    if not equals:
+        body, number = text, "1"
+    try:
+        weight = float(number)
+    except ValueError:
+        raise BadInput(f"the weight of reward {text!r} is {number!r}; wanted a number, as in {body}=0.5") from None
+    if not abs(weight) < float("inf"):
+        raise BadInput(f"the weight of reward {text!r} is {number}; wanted a finite number")
+    name = body.split(":", 1)[0].replace("-", "_")
+    if name in packaged_rewards():
+        source = body.partition(":")[2] or None
+        if source and not packaged_rewards()[name].takes_source:
+            raise BadInput(f"reward is {text!r}; wanted {name} alone: it has no weights to find")
+        return RewardSpec(body, name, source, weight, True)
+    module, colon, function = body.rpartition(":")
+    if not colon or not module or not function:
+        raise BadInput(f"there is no reward {text!r}; {suggest(body, packaged_rewards())}, or MODULE:FUNCTION")
+    return RewardSpec(body, function, module, weight, False)
+
+
+def check_rewards(texts: Sequence[str]) -> list[RewardSpec]:
+    """The rewards that are asked for; functions are imported, models are not loaded. Raises BadInput."""
+    specs = [parse_reward(text) for text in texts]
+    twice = {spec.text for spec in specs if sum(other.text == spec.text for other in specs) > 1}
+    if twice:
+        raise BadInput(f"reward {sorted(twice)[0]} is given twice; give it once, with a weight such as =2")
+    if not any(spec.weight for spec in specs):
+        raise BadInput(f"reward is {' '.join(texts) or 'empty'}; wanted at least one with a weight that is not 0")
+    return [_checked(spec) for spec in specs]
+
+
+def _checked(spec: RewardSpec) -> RewardSpec:
+    if not spec.packaged:
+        return replace(spec, call=load_function(str(spec.source), spec.name, "reward"))
+    if spec.source and re.match(r"[./~]", spec.source) and not Path(spec.source).expanduser().exists():
+        raise BadInput(f"reward is {spec.text}, but there is no {spec.source}; wanted a folder or a hub name")
+    return spec
+
+
+def build_reward(spec: RewardSpec, model: str, device: torch.device) -> Reward:
+    """The reward itself. Raises RewardError (a ValueError), in one sentence, when its weights cannot be loaded."""
+    if spec.call is not None:
+        from tropism.rewards import as_reward
+
+        return as_reward(spec.call, name=spec.name)
+    source = spec.source and str(Path(spec.source).expanduser())
+    if spec.name == "clip" and source is None and model in SHIPPED:
+        source = str(WEIGHTS / SHIPPED_CLIP)
+    return packaged_rewards()[spec.name].build(source, device)
+
+
+def packaged_rewards() -> dict[str, Packaged]:
+    """Every reward that has a name."""
+    from tropism.rewards.programmatic import PROGRAMMATIC
+
+    made = {name: Packaged(lambda s, d, make=make: make(), "computed from the pixels", False)  # type: ignore[misc]
+            for name, make in PROGRAMMATIC.items()}  # fmt: skip
+    clip = "a CLIP by transformers; SOURCE: folder or hub name"
+    return made | {
+        "scenes": Packaged(_scenes, "does the picture show what its caption says (scenes captions only)", False),
+        "clip": Packaged(_from_pretrained("ClipScore"), f"agreement of picture and prompt; {clip}"),
+        "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
+        "hpsv2": Packaged(_from_pretrained("HPSv2", needs="hpsv2:FOLDER"), f"human preference; {clip}"),
+        "aesthetic": Packaged(_from_pretrained("LaionAesthetic"), f"aesthetics, prompts unread; {clip}"),
+    }
+
+
+def _scenes(source: str | None, device: torch.device) -> Reward:
+    from tropism.rewards import ScenesReward
+    from tropism.worlds.scenes import verify_batch
+
+    return ScenesReward(verify_batch)
+
+
+def _from_pretrained(kind: str, needs: str = "") -> Callable[[str | None, torch.device], Reward]:
+    def build(source: str | None, device: torch.device) -> Reward:
+        from tropism.models import clip_rewards
+
+        if source is None and needs:
+            raise BadInput(f"this reward has no weights to find by itself; give them as {needs}")
+        reward: Reward = getattr(clip_rewards, kind).from_pretrained(*([] if source is None else [source]), device=device)
+        return reward
+
+    return build

@@ -1,0 +1,243 @@
+"""What a command can be told: plain dataclasses, each with a ``check`` that needs nothing loaded, and their YAML.
+
+Every field is a flag and a YAML key; the string below it is its help. What is wrong with a value is one sentence that
+names the field, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tropism import __version__
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+class BadInput(ValueError):
+    """What was asked for cannot be done: one sentence. Nothing has begun and nothing was written (exit code 2)."""
+
+
+class RunFailed(RuntimeError):
+    """A run that had begun could not go on: one sentence that names what is kept (exit code 1)."""
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Where and how precisely to compute."""
+
+    device: str | None = None
+    """Such as cpu, cuda or cuda:1; none: a GPU if there is one."""
+    threads: int | None = None
+    """Processor threads; none: as torch decides."""
+    mixed_precision: Precision = "no"
+    """Number format of the frozen base model (no is float32); a LoRA is float32 always."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or none")
+
+
+@dataclass(frozen=True)
+class TrainSettings(DeviceSettings):
+    """Settings of every training run, whatever the method."""
+
+    model: str = "scenes"
+    """scenes, scenes-sd, scenes-flow, a folder with a diffusers pipeline, or a hub name (owner/model)."""
+    reward: list[str] = field(default_factory=list)
+    """One or more of NAME, NAME:SOURCE or MODULE:FUNCTION, each with =WEIGHT if wanted; none: the model's own."""
+    prompts: str | None = None
+    """A set of prompts by name, or a .txt or .jsonl file; none: the model's own."""
+    steps: int = 100
+    """Batches of images to learn from."""
+    seed: int = 0
+    """Of everything that is drawn in training: adapter, prompts, noise."""
+    out: str | None = None
+    """Folder of the run, new or empty; none: runs/METHOD-MODEL-NUMBER."""
+    save_every: int = 25
+    """Steps between checkpoints, of which the last two are kept; 0: none but the final adapter."""
+    eval_every: int = 10
+    """Steps between evaluations; 0: only before and after."""
+    eval_prompts: str | None = None
+    """As prompts; none: the model's own held-out prompts, or the prompts trained on."""
+    eval_images: int = 64
+    """Images of an evaluation, one a prompt, going round the prompts where there are fewer."""
+    eval_seed: int = 0
+    """Of the noise that evaluation starts from: the same in every evaluation and every run."""
+    lora_rank: int = 8
+    lora_alpha: int | None = None
+    """Scale of the LoRA times its rank; none: the rank."""
+    lora_targets: list[str] | None = None
+    """Ends of the names of the layers to adapt; none: all attention layers."""
+    full: bool = False
+    """Train all weights of the denoising network instead of a LoRA."""
+    ema: float = 0.0
+    """Decay of an average of the trained weights, which is what is evaluated and saved; 0: no average."""
+    gradient_checkpointing: bool = False
+    """Less memory, more time."""
+    report_to: str = "none"
+    """Trackers, separated by commas: tensorboard, wandb, trackio, comet_ml, aim, mlflow, clearml, dvclive, swanlab."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        super().check()
+        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        for name in ("seed", "eval_seed", "save_every", "eval_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.eval_images >= 2, "eval_images", self.eval_images, "at least 2, and 64 for a useful interval")
+        require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "at least 1")
+        require(self.lora_alpha is None or self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "at least 1, or none")
+        require(0 <= self.ema < 1, "ema", self.ema, "0 (off) or a decay below 1, such as 0.99")
+        if self.full and (self.lora_alpha is not None or self.lora_targets is not None):
+            raise BadInput("lora_alpha and lora_targets are settings of a LoRA and full trains none; leave one out")
+
+
+@dataclass(frozen=True)
+class PickSettings(DeviceSettings):
+    """Which model draws, and how."""
+
+    model: str = "scenes"
+    """scenes, scenes-sd, scenes-flow, a folder with a diffusers pipeline, or a hub name (owner/model)."""
+    adapter: str | None = None
+    """Folder of a run, of its adapter or of a checkpoint; none: the model as it is."""
+    seed: int = 0
+    """Image number i starts from the noise of (seed, i), whatever else is drawn."""
+    inference_steps: int | None = None
+    """Moves of a chain; none: the model's default."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; none: the model's default; 1 is no guidance."""
+    batch_size: int = 16
+    """Images that are drawn at once; bounds memory, never changes what is drawn."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        super().check()
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        steps, guidance = self.inference_steps, self.guidance_scale
+        require(steps is None or steps >= 1, "inference_steps", steps, "at least 1, or none")
+        require(guidance is None or guidance >= 0, "guidance_scale", guidance, "0 or more, or none")
+
+
+@dataclass(frozen=True)
+class SampleSettings(PickSettings):
+    """Settings of ``tropism sample``."""
+
+    prompt: list[str] = field(default_factory=list)
+    """What to draw, in quotes; may be given more than once."""
+    prompts: str | None = None
+    """A set of prompts by name, or a .txt or .jsonl file."""
+    images: int = 1
+    """Images of each prompt."""
+    out: str | None = None
+    """A new or empty folder, or a .png file for the grid alone; none: runs/sample-NUMBER."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        super().check()
+        require(self.images >= 1, "images", self.images, "at least 1")
+        if bool(self.prompt) == bool(self.prompts):
+            raise BadInput("wanted either prompt (one or more texts) or prompts (a file or a set by name)")
+
+
+@dataclass(frozen=True)
+class EvalSettings(PickSettings):
+    """Settings of ``tropism eval``."""
+
+    reward: list[str] = field(default_factory=list)
+    """As in training; none: the model's own."""
+    prompts: str | None = None
+    """As in training; none: the model's own held-out prompts."""
+    images: int = 64
+    """Images to score, one a prompt, going round the prompts where there are fewer."""
+    out: str | None = None
+    """A .json file to write; none: only the table is printed."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        super().check()
+        require(self.images >= 2, "images", self.images, "at least 2, and 64 for a useful interval")
+        require(self.out is None or self.out.endswith(".json"), "out", self.out, "a .json file")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of ``tropism demo``; none: as in its preset."""
+
+    out: str | None = None
+    """Folder of the run, new or empty; none: runs/demo-NUMBER."""
+    steps: int | None = None
+    """Batches of images to learn from."""
+    seed: int | None = None
+    """Of everything that is drawn in training."""
+    device: str | None = None
+    """Such as cpu, cuda or cuda:1; none: a GPU if there is one."""
+    threads: int | None = None
+    """Processor threads; none: as torch decides."""
+    preset: str | None = None
+    """A YAML file with a method and its settings; none: the one in the package."""
+
+
+def require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    """Raises BadInput, naming the field, unless the condition holds."""
+    if not condition:
+        raise BadInput(f"{name} is {value}; wanted {wanted}")
+
+
+def save_config(file: Path, method: str, settings: TrainSettings, method_settings: Any) -> None:
+    """Everything needed to run again, but for the folder: a run is never written over another."""
+    entries = {name: value for name, value in asdict(settings).items() if name != "out"} | asdict(method_settings)
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
+    head = f"# tropism {__version__}; run again with: tropism train {method} --config {file}\n"
+    file.write_text(head + yaml.safe_dump({"method": method, **plain}, sort_keys=False, allow_unicode=True))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The entries of a YAML file, their names with underscores. Raises BadInput for what is not such a file."""
+    file = Path(path)
+    if not file.is_file():
+        raise BadInput(f"there is no configuration file {path}; give a YAML file of settings")
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), PlainLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}"
+        raise BadInput(f"{path} is not YAML{where}; wanted lines such as 'learning_rate: 3e-4'") from error
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise BadInput(f"{path} holds no settings by name; wanted lines such as 'learning_rate: 3e-4'")
+    return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML as people write it: 3e-4 is a number, and only true and false are truth values (``no`` is a word)."""
+
+
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float", ":timestamp"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER), list("-+.0123456789"))
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true$|True$|false$|False$"), list("tTfF"))
+
+
+# Words.
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says: its first line, without a full stop."""
+    said = str(error).strip().split("\n")[0].rstrip(". ")
+    return said or type(error).__name__
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What was perhaps meant, or all there is."""
+    names = list(known)
+    likely = difflib.get_close_matches(name, names, 1, 0.6)
+    return f"did you mean {likely[0]}?" if likely else "wanted one of " + ", ".join(names)

@@ -1,0 +1,212 @@
+"""Dataclasses as flags and YAML keys. jsonargparse reads values by their types; what it refuses is said in one sentence.
+
+A field ``save_every: int = 25`` with a string below it is the flag ``--save-every N`` (``--save_every`` as well), the
+YAML key ``save_every``, and its help. Truth values are ``--full`` and ``--no-full``; lists take several words or several
+flags. ``--config FILE.yaml`` gives values that flags override.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, set_loader
+
+from tropism.config import BadInput, PlainLoader, read_config
+
+set_loader("plain", lambda text, **_: yaml.load(text, PlainLoader), exceptions=(yaml.YAMLError,))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a dataclass."""
+
+    name: str
+    kind: Any  # its type
+    default: Any
+    doc: str
+    group: str  # the title it is listed under
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_list(self) -> bool:
+        """It takes any number of words."""
+        kind = _without_none(self.kind)
+        return typing.get_origin(kind) is list or (typing.get_origin(kind) is tuple and Ellipsis in kind.__args__)
+
+    @property
+    def pair(self) -> int:
+        """How many words it takes, where that is a fixed number above 1; otherwise 0."""
+        kind = _without_none(self.kind)
+        return len(kind.__args__) if typing.get_origin(kind) is tuple and not self.is_list else 0
+
+
+def settings_of(kind: type[Any], group: str) -> list[Setting]:
+    """The fields of a dataclass, those of its bases first."""
+    hints, docs = typing.get_type_hints(kind), _docs(kind)
+    return [
+        Setting(f.name, hints[f.name], _default(f), docs.get(f.name, ""), group) for f in fields(kind) if f.init
+    ]
+
+
+def _default(field: Any) -> Any:
+    if field.default is not MISSING:
+        return list(field.default) if isinstance(field.default, tuple) else field.default
+    return field.default_factory() if field.default_factory is not MISSING else None
+
+
+def _docs(kind: type[Any]) -> dict[str, str]:
+    """The strings below the fields of a dataclass and of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for field, below in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                found[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value))
+    return found
+
+
+def _without_none(kind: Any) -> Any:
+    """X of ``X | None``, and any other type as it is."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        return kinds[0] if len(kinds) == 1 else kind
+    return kind
+
+
+def wanted(kind: Any) -> str:
+    """A type in words: ``int | None`` is "a whole number or none"."""
+    bare = _without_none(kind)
+    if bare is not kind:
+        return f"{wanted(bare)} or none"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) in (list, tuple):
+        inner = typing.get_args(kind)
+        several = "several" if typing.get_origin(kind) is list or Ellipsis in inner else str(len(inner))
+        return f"{several} of: {wanted(inner[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+
+
+def build_parser(prog: str, description: str, settings: Sequence[Setting]) -> ArgumentParser:
+    """A jsonargparse parser that knows the settings; ``format_help`` lists them."""
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="plain",
+        usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]",
+    )  # fmt: skip
+    groups: dict[str, Any] = {}
+    for setting in settings:
+        group = groups.get(setting.group) or groups.setdefault(setting.group, parser.add_argument_group(setting.group))
+        bare = _without_none(setting.kind)
+        options: dict[str, Any] = {"type": setting.kind}
+        if bare is bool:
+            options = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
+        elif setting.is_list or setting.pair:
+            options = {"type": typing.get_args(bare)[0], "nargs": setting.pair or "+"}
+        group.add_argument(setting.flag, default=setting.default, help=setting.doc.replace("%", "%%"), **options)
+    return parser
+
+
+def read(parser: ArgumentParser, settings: Sequence[Setting], argv: Sequence[str]) -> dict[str, Any]:
+    """Values by name: defaults, then ``--config`` files, then flags. Raises BadInput."""
+    known = {setting.name: setting for setting in settings}
+    values = {setting.name: setting.default for setting in settings}
+    given = list(_words_by_flag(argv))
+    for name, words in given:
+        if name == "config":
+            values |= checked(parser, known, read_config(_one(words, "config")))
+    for name, words in _collected(known, (pair for pair in given if pair[0] != "config")):
+        values[name] = _from_words(parser, known[name], words)
+    return {name: tuple(v) if known[name].pair and v is not None else v for name, v in values.items()}
+
+
+def checked(parser: ArgumentParser, known: Mapping[str, Setting], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a YAML file, as their types. Raises BadInput for an unknown name or a value of another type."""
+    values: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name not in known:
+            raise BadInput(f"there is no setting {name}{_close(name, list(known))}")
+        setting = known[name]
+        if isinstance(value, str) and setting.is_list:
+            value = [value]
+        if value == setting.default and type(value) is type(setting.default):
+            values[name] = value
+            continue
+        try:
+            values[name] = parser.parse_object({name: value})[name]
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise BadInput(f"{name} is {value!r}; wanted {wanted(setting.kind)}") from error
+    return values
+
+
+def _words_by_flag(argv: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
+    """(name, words) of every flag; a word "none" is left for its setting to read."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word[2:].partition("=")
+            groups.append((flag.replace("-", "_"), [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            raise BadInput(f"{word!r} follows no setting; wanted words such as --seed 1")
+    return groups
+
+
+def _collected(
+    known: Mapping[str, Setting], given: Iterable[tuple[str, list[str]]]
+) -> Iterable[tuple[str, list[str]]]:
+    """One entry a setting: lists gather the words of all their flags, of others the last one counts."""
+    found: dict[str, list[str]] = {}
+    for name, words in given:
+        positive = name.removeprefix("no_")
+        if name not in known and positive in known and _without_none(known[positive].kind) is bool:
+            found[positive] = [*words, "false"]
+        elif name not in known:
+            raise BadInput(f"there is no setting --{name.replace('_', '-')}{_close(name, list(known), '--')}")
+        elif _without_none(known[name].kind) is bool:
+            found[name] = words or ["true"]
+        else:
+            found[name] = [*found.get(name, []), *words] if known[name].is_list else words
+    return found.items()
+
+
+def _from_words(parser: ArgumentParser, setting: Setting, words: list[str]) -> Any:
+    """The words after a flag, as its type."""
+    if words in (["none"], ["null"]) and type(None) in typing.get_args(setting.kind):
+        return None
+    if _without_none(setting.kind) is bool and len(words) == 1:
+        return checked(parser, {setting.name: setting}, {setting.name: yaml.load(words[0], PlainLoader)})[setting.name]
+    try:
+        argv = [f"{setting.flag}={words[0]}"] if len(words) == 1 else [setting.flag, *words]
+        return parser.parse_args(argv)[setting.name]
+    except (ArgumentError, TypeError, ValueError) as error:
+        got = repr(" ".join(words)) if words else "given without a value"
+        raise BadInput(f"{setting.name} is {got}; wanted {wanted(setting.kind)}") from error
+
+
+def _one(words: Sequence[str], name: str) -> str:
+    if len(words) != 1:
+        raise BadInput(f"--{name} got {len(words)} values; wanted one")
+    return words[0]
+
+
+def _close(name: str, known: Sequence[str], dashes: str = "") -> str:
+    """What was perhaps meant."""
+    likely = difflib.get_close_matches(name, known, 1, 0.6)
+    if not likely:
+        return "; --help lists them"
+    return f"; did you mean {dashes}{likely[0].replace('_', '-') if dashes else likely[0]}?"
