@@ -11,18 +11,20 @@ and saturated pixels keep a gradient (the model's ``decode``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, Kernel, Loss, Prediction, Prompts, Reward, TextToImage, bcast
+from tropism.base import Cond, Denoiser, Kernel, Loss, Prediction, Prompts, Reward, TextToImage, bcast, take
 from tropism.explore import Exploration
 from tropism.methods.settings import ExploreSettings
 from tropism.policy import Policy, reward_statistics
+from tropism.randomness import row_generators, row_seeds
 from tropism.samplers import DDIM, EulerODE
-from tropism.schedules import RectifiedFlow
+from tropism.schedules import RectifiedFlow, add_noise
 from tropism.windows import RandomCut, Span, Window
 
 
@@ -30,9 +32,34 @@ class NoGradient(TypeError):
     """The reward cannot be differentiated."""
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Some prompts of a batch and all that is drawn for them. ``loss`` writes their rewards to their places."""
+
+    prompts: Prompts  # N rows
+    rows: Tensor  # (N,) their places in the batch
+    cond: Cond  # N rows, exactly as the acting policy sees them
+    seeds: Tensor  # (N,) of their noise
+    span: Span  # of the batch
+    rewards: Tensor  # (B,) of the batch; NaN = no score, or none yet
+    group: Tensor  # (B,)
+
+    @property
+    def info(self) -> dict[str, float]:
+        """Statistics of the batch, complete after its last slice, and how many moves keep a graph."""
+        return {**reward_statistics(self.rewards, self.group), "window": float(self.span.last - self.span.first)}
+
+
+def _rows(batch: Prompts, rows: Tensor) -> Prompts:
+    picked = rows.tolist()
+    columns = {name: [values[row] for row in picked] for name, values in batch.columns.items()}
+    return Prompts([batch.text[row] for row in picked], batch.group[rows], columns)
+
+
 @dataclass
 class AlignProp:
-    """Gradient ascent on the reward through ``window``; ``minibatch`` chains a backward pass.
+    """Gradient ascent on the reward through ``window``; ``minibatch`` chains a backward pass, which bounds memory and
+    changes nothing else.
 
     ``kl_weight`` adds DRaFT+'s 0.5 |eps - eps_reference|^2, a mean over dimensions and moves of the window. Raises
     NoGradient when the reward declares that it has none, or returns none.
@@ -56,59 +83,57 @@ class AlignProp:
             "gradient; use ddpo or raft, which need only its values, or a differentiable reward such as clip"
         )
 
-    def experience(self, batch: Prompts) -> Iterator[Iterator[Prompts]]:
-        """One update, over micro-batches of prompts; sampling happens inside the loss, where the graph is."""
-        yield self._slices(batch)
-
-    def _slices(self, batch: Prompts) -> Iterator[Prompts]:
-        for rows in torch.arange(len(batch.text)).split(self.minibatch):
-            picked = rows.tolist()
-            columns = {name: [values[i] for i in picked] for name, values in batch.columns.items()}
-            yield Prompts([batch.text[i] for i in picked], batch.group[rows], columns)
-
-    def loss(self, batch: Prompts) -> Loss:
-        """Minus the reward of differentiable samples, plus the penalty; samples without a score are left out."""
-        model, denoiser = self.policy.model, self.policy.denoiser
-        cond = model.encode(batch.text)
+    def experience(self, batch: Prompts) -> Iterator[Iterator[Draws]]:
+        """One update. All that is random is drawn here; sampling happens inside the loss, where the graph is."""
+        cond = self.policy.model.encode(batch.text)
         if self.explore is not None:
-            cond = self.explore(model, batch.text, cond, self.generator)
+            cond = self.explore(self.policy.model, batch.text, cond, self.generator)
+        seeds = row_seeds(len(batch.text), self.generator)
         span = self.window(self.policy.steps, self.generator)
-        latents, penalty = self._sample(denoiser, cond, span, len(batch.text))
-        reward = self._scored(latents, batch)
-        for _ in range(span.repeats):
-            reward = reward + self._scored(self._again(denoiser, latents.detach(), cond), batch)
-        reward = reward / (1 + span.repeats)
+        rewards = torch.full((len(batch.text),), math.nan)
+        yield (
+            Draws(_rows(batch, rows), rows, take(cond, rows), seeds[rows], span, rewards, batch.group)
+            for rows in torch.arange(len(batch.text)).split(self.minibatch)
+        )
+
+    def loss(self, draws: Draws) -> Loss:
+        """Minus the reward of differentiable samples, plus the penalty; samples without a score are left out."""
+        denoiser, generators = self.policy.denoiser, row_generators(draws.seeds)
+        latents, penalty = self._sample(denoiser, draws, generators)
+        reward = self._scored(latents, draws.prompts)
+        for _ in range(draws.span.repeats):
+            latents = self._again(denoiser, latents.detach(), draws.cond, generators)
+            reward = reward + self._scored(latents, draws.prompts)
+        reward = reward / (1 + draws.span.repeats)
+        draws.rewards[draws.rows] = reward.detach().to(draws.rewards)
         present = ~reward.isnan()
         gain = (reward - self.kl_weight * penalty).where(present, 0.0)
-        info = reward_statistics(reward.detach(), batch.group.to(reward.device))
-        metrics = {"reward_mean": torch.tensor(info["reward_mean"]), "reward_std": torch.tensor(info["reward_std"])}
-        metrics |= {
-            "reward_missing": torch.tensor(info["reward_missing"]),
-            "window": torch.tensor(float(span.last - span.first)),
-        }
-        if self.kl_weight:
-            metrics["kl"] = penalty.detach().mean()
+        metrics = {"kl": penalty[present].detach().mean()} if self.kl_weight else {}
         return Loss(-gain.sum(), present.sum().float(), metrics)
 
-    def _scored(self, latents: Tensor, batch: Prompts) -> Tensor:
-        reward = self.reward(self.policy.model.decode(latents), batch.text, **batch.columns)
+    def _scored(self, latents: Tensor, prompts: Prompts) -> Tensor:
+        """(N,) rewards; where one is missing, no gradient comes back, whatever the arithmetic of the NaN was."""
+        reward = self.reward(self.policy.model.decode(latents), prompts.text, **prompts.columns)
         if not reward.requires_grad:
             raise NoGradient(self._no_gradient())
+        present = ~reward.isnan()
+        latents.register_hook(lambda grad: grad.where(bcast(present.to(grad.device), grad), 0.0))
         return reward
 
-    def _sample(self, denoiser: Denoiser, cond: Cond, span: Span, count: int) -> tuple[Tensor, Tensor]:
-        """(clean latents with the graph of the window, the penalty (B,))."""
-        chain = iter(self.policy.chain(self.policy.noise(count, self.generator), cond, self.generator))
+    def _sample(self, denoiser: Denoiser, draws: Draws, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """(clean latents with the graph of the window, the penalty (N,))."""
+        span = draws.span
+        chain = self.policy.chain(self.policy.noise(len(generators), generators), draws.cond, generators)
         penalties: list[Tensor] = []
         move = None
         for place in range(span.last):
             with torch.set_grad_enabled(place >= span.first):
                 move = next(chain)
             if place >= span.first and self.kl_weight:
-                penalties.append(self._penalty(move.x, move.t, cond, move.prediction))
+                penalties.append(self._penalty(move.x, move.t, draws.cond, move.prediction))
         assert move is not None
         latents = move.prediction.x0 if span.jump else move.x_next
-        penalty = torch.stack(penalties).mean(0) if penalties else torch.zeros(count, device=latents.device)
+        penalty = torch.stack(penalties).mean(0) if penalties else torch.zeros(len(latents), device=latents.device)
         return latents, penalty
 
     def _penalty(self, x: Tensor, t: Tensor, cond: Cond, prediction: Prediction) -> Tensor:
@@ -116,12 +141,12 @@ class AlignProp:
             reference = self.policy.denoiser(x.detach(), t, cond)
         return 0.5 * (prediction.eps - reference.eps).square().flatten(1).mean(1)
 
-    def _again(self, denoiser: Denoiser, clean: Tensor, cond: Cond) -> Tensor:
-        """The clean latents noised to the last level and denoised once more, with a graph."""
-        t = self.policy.ts[-2].expand(len(clean)).to(clean.device)
-        noise = torch.randn(clean.shape, generator=self.generator).to(clean.device)
-        noisy = bcast(denoiser.schedule.alpha(t), clean) * clean + bcast(denoiser.schedule.sigma(t), clean) * noise
-        return denoiser(noisy, t, cond).x0
+    def _again(self, denoiser: Denoiser, clean: Tensor, cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
+        """The clean latents noised to the last level, and the last move from there once more, with a graph."""
+        t, s = self.policy.ts[-2:].to(clean.device).expand(len(clean), 2).unbind(1)
+        noise = self.policy.noise(len(clean), generators)
+        noisy = add_noise(denoiser.schedule, clean, noise, t)
+        return self.policy.kernel(denoiser, noisy, t, s, cond)[0].sample(generators)
 
     def after_step(self) -> None:
         """Nothing moves but the parameters."""

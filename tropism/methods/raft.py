@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Kernel, Loss, Prompts, Reward, TextToImage, bcast, take
+from tropism.base import Cond, Kernel, Loss, Prompts, Reward, TextToImage, take
 from tropism.denoisers import NetDenoiser, regression_target
 from tropism.methods.settings import MethodSettings
 from tropism.policy import Policy, reward_statistics, score_latents
+from tropism.rollout import slices
 from tropism.samplers import DDIM, EulerODE
-from tropism.schedules import RectifiedFlow
+from tropism.schedules import RectifiedFlow, add_noise
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """weigh(reward (B,), group (B,)) -> weight (B,) >= 0; 0 where there is no score."""
@@ -46,7 +47,7 @@ def best_of_group(share: float = 0.125) -> Weigh:
 
 
 def softmax_of_group(beta: float = 1.0) -> Weigh:
-    """softmax(reward / beta) over each group, times its size."""
+    """softmax(reward / beta) over each group, times its size; a group without spread is left out."""
     if beta <= 0:
         raise ValueError(f"beta must be positive; got {beta}")
 
@@ -54,7 +55,7 @@ def softmax_of_group(beta: float = 1.0) -> Weigh:
         weight = torch.zeros_like(reward)
         for name in set(group.tolist()):
             rows = ((group == name) & ~reward.isnan()).nonzero().flatten()
-            if len(rows):
+            if len(rows) > 1 and bool(reward[rows].max() > reward[rows].min()):
                 weight[rows] = (reward[rows] / beta).softmax(0) * len(rows)
         return weight
 
@@ -66,8 +67,10 @@ class Kept:
     """Samples to fit, with their weights."""
 
     x0: Tensor  # (N, ...)
+    t: Tensor  # (N,) the time that they are noised to
+    eps: Tensor  # (N, ...) with this noise
     weight: Tensor  # (N,)
-    cond: Cond  # N rows
+    cond: Cond  # N rows, some of them without their prompt
     info: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -85,31 +88,32 @@ class RAFT:
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def experience(self, batch: Prompts) -> Iterator[Iterator[Kept]]:
-        """Samples, scores and weighs a batch, then yields what has weight, shuffled, in ``updates`` slices a pass."""
+        """Samples, scores and weighs a batch, then yields what has weight, shuffled, in ``updates`` slices a pass, with
+        fresh times and noise each pass."""
         latents = self.policy.draw(batch.text, self.generator)
         reward = score_latents(self.policy, self.reward, latents, batch)
         info = reward_statistics(reward, batch.group)
         weight = self.weigh(reward.cpu(), batch.group)
         rows = weight.nonzero().flatten()
-        cond = self.policy.model.encode(batch.text)
+        latents, weight = latents[rows], weight[rows].to(latents)
+        cond = take(self.policy.model.encode(batch.text), rows)
         for _ in range(self.epochs):
-            order = rows[torch.randperm(len(rows), generator=self.generator)]
-            for part in order.chunk(self.updates) if len(order) else ():
-                parts = part.split(self.minibatch)
-                yield (Kept(latents[index], weight[index].to(latents), take(cond, index), info) for index in parts)
+            t = (0.001 + 0.999 * torch.rand(len(rows), generator=self.generator)).to(latents.device)
+            eps = self.policy.noise(len(rows), self.generator)
+            shown = self._dropped(cond, len(rows))
+            order = torch.randperm(len(rows), generator=self.generator)
+            for parts in slices(order, self.updates, self.minibatch):
+                yield (Kept(latents[i], t[i], eps[i], weight[i], take(shown, i), info) for i in parts)
 
     def loss(self, kept: Kept) -> Loss:
         """The denoising error in the network's own target, at uniform times, weighted."""
         denoiser = self.policy.model.denoiser
         if not isinstance(denoiser, NetDenoiser):
             raise TypeError(f"RAFT regresses on a network's target; {type(denoiser).__name__} has none")
-        count, device = len(kept.x0), kept.x0.device
-        t = (0.001 + 0.999 * torch.rand(count, generator=self.generator)).to(device)
-        eps = torch.randn(kept.x0.shape, generator=self.generator).to(device)
-        noisy = bcast(denoiser.schedule.alpha(t), eps) * kept.x0 + bcast(denoiser.schedule.sigma(t), eps) * eps
-        prediction = denoiser(noisy, t, self._dropped(kept.cond, count))
-        said = regression_target(denoiser.target, denoiser.schedule, prediction.x0, prediction.eps, t)
-        wanted = regression_target(denoiser.target, denoiser.schedule, kept.x0, eps, t)
+        noisy = add_noise(denoiser.schedule, kept.x0, kept.eps, kept.t)
+        prediction = denoiser(noisy, kept.t, kept.cond)
+        said = regression_target(denoiser.target, denoiser.schedule, prediction.x0, prediction.eps, kept.t)
+        wanted = regression_target(denoiser.target, denoiser.schedule, kept.x0, kept.eps, kept.t)
         error = (said - wanted).square().flatten(1).mean(1)
         return Loss((kept.weight * error).sum(), kept.weight.sum(), {"denoising_error": error.detach().mean()})
 
@@ -148,7 +152,9 @@ class Settings(MethodSettings):
                 f"images_per_prompt is {self.images_per_prompt}; wanted at least 2: there must be a choice"
             )
         if self.epochs < 1 or self.updates < 1 or not 0 <= self.drop < 1:
-            raise ValueError(f"epochs is {self.epochs}, updates {self.updates} and drop {self.drop}; wanted at least 1, 1, and 0 to 1")
+            raise ValueError(
+                f"epochs is {self.epochs}, updates {self.updates} and drop {self.drop}; wanted at least 1, 1, and 0 to 1"
+            )
         self.weigh()
 
     def weigh(self) -> Weigh:

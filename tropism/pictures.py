@@ -1,0 +1,189 @@
+"""Pictures of a run: grids with captions, before and after, and the curve of rewards."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+TILE = 192  # pixels of the long side of a picture in a grid
+MARGIN, GAP, GUTTER = 20, 14, 76
+LINE, SIZE, LINES = 17, 13, 4  # of captions: height of a line, of a letter, and most lines
+INK, FAINT, GOOD, BAD, PAPER = "#1f2328", "#6b7280", "#15803d", "#b91c1c", "#ffffff"
+
+
+@cache
+def _font(size: int = SIZE, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu, which matplotlib brings along: it has most alphabets, Pillow's own font only the Latin one."""
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> an 8-bit picture."""
+    array = (pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def _tile(pixels: Tensor) -> Image.Image:
+    """Within TILE x TILE; small pictures are enlarged by a whole number, pixels stay sharp."""
+    image = to_image(pixels)
+    longest = max(image.size)
+    if longest <= TILE:
+        times = TILE // longest
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    scale = TILE / longest
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+
+
+def wrap(text: str, width: int, lines: int = LINES, size: int = SIZE) -> list[str]:
+    """The text in at most so many lines of so many pixels, with dots where it goes on."""
+    font = _font(size)
+    found, line = [], ""
+    for word in " ".join(text.split()).split(" "):
+        longer = f"{line} {word}".strip()
+        if font.getlength(longer) <= width or not line:
+            line = longer
+        else:
+            found.append(line)
+            line = word
+    found.append(line)
+    kept = found[:lines]
+    if len(found) > lines:
+        kept[-1] += " …"
+    return [_cut(each, width, font) for each in kept]
+
+
+def _cut(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    text = line.rstrip(" …")
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+class _Sheet:
+    """A white page with pictures and lines of text."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.image = Image.new("RGB", (width, height), PAPER)
+        self._draw = ImageDraw.Draw(self.image)
+
+    def picture(self, tile: Image.Image, x: int, y: int) -> None:
+        """In the middle of a TILE x TILE square, with a hairline around it."""
+        x, y = x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2
+        self.image.paste(tile, (x, y))
+        self._draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline="#d0d7de")
+
+    def text(self, x: int, y: int, line: str, colour: str = INK, size: int = SIZE, bold: bool = False) -> None:
+        self._draw.text((x, y), line, fill=colour, font=_font(size, bold))
+
+    def lines(self, x: int, y: int, lines: Sequence[str], colour: str = INK) -> None:
+        for number, line in enumerate(lines):
+            self.text(x, y + number * LINE, line, colour)
+
+
+def grid(images: Tensor, captions: Sequence[str], notes: Sequence[str] = (), title: str = "") -> Image.Image:
+    """Pictures (N, 3, H, W) in rows, captions below them, and below those a note (a reward), if given."""
+    columns = min(len(images), max(4, min(8, math.isqrt(len(images)))))
+    texts = [wrap(text, TILE) for text in captions]
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    heights = [max(len(texts[i]) for i in row) * LINE + (LINE if notes else 0) + TILE + 8 for row in rows]
+    top = MARGIN + (30 if title else 0)
+    wide = columns * TILE + (columns - 1) * GAP
+    sheet = _Sheet(wide + 2 * MARGIN, top + sum(heights) + GAP * (len(rows) - 1) + MARGIN)
+    if title:
+        sheet.text(MARGIN, MARGIN - 4, _cut(title, wide, _font(15, True)), size=15, bold=True)
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            x = MARGIN + column * (TILE + GAP)
+            sheet.picture(_tile(images[i]), x, y)
+            sheet.lines(x, y + TILE + 6, texts[i])
+            if notes:
+                sheet.text(x, y + TILE + 6 + len(texts[i]) * LINE, notes[i], FAINT)
+        y += height + GAP
+    return sheet.image
+
+
+def before_after(
+    before: Tensor, after: Tensor, captions: Sequence[str], scores: tuple[Tensor, Tensor], title: str, subtitle: str
+) -> Image.Image:
+    """One column a prompt: the caption, the picture before (N, 3, H, W), its reward, the picture after, its reward."""
+    texts = [wrap(text, TILE) for text in captions]
+    head, caption = MARGIN + 54, max(len(text) for text in texts) * LINE + 8
+    first, second = head + caption, head + caption + TILE + LINE + 18
+    wide = GUTTER + len(before) * (TILE + GAP) - GAP
+    sheet = _Sheet(wide + 2 * MARGIN, second + TILE + LINE + 8 + MARGIN)
+    sheet.text(MARGIN, MARGIN - 4, _cut(title, wide, _font(17, True)), size=17, bold=True)
+    sheet.text(MARGIN, MARGIN + 22, _cut(subtitle, wide, _font(SIZE)), FAINT)
+    sheet.text(MARGIN, first + TILE // 2 - 8, "before", FAINT, 15, True)
+    sheet.text(MARGIN, second + TILE // 2 - 8, "after", INK, 15, True)
+    for i, (old, new) in enumerate(zip(scores[0].tolist(), scores[1].tolist(), strict=True)):
+        x = MARGIN + GUTTER + i * (TILE + GAP)
+        sheet.lines(x, first - 6 - len(texts[i]) * LINE, texts[i])
+        sheet.picture(_tile(before[i]), x, first)
+        sheet.picture(_tile(after[i]), x, second)
+        sheet.text(x, first + TILE + 5, number(old), FAINT)
+        sheet.text(x, second + TILE + 5, number(new))
+        if not math.isnan(new - old):
+            colour = GOOD if new > old else BAD if new < old else FAINT
+            sheet.text(x + 62, second + TILE + 5, f"{new - old:+.3g}", colour, bold=True)
+    return sheet.image
+
+
+def number(value: float) -> str:
+    """Three digits; a missing one is said."""
+    return "no score" if math.isnan(value) else f"{value:.3g}"
+
+
+def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
+    """A matplotlib figure of metrics rows: the reward in training, and on held-out prompts with its 95 % band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    trained = [(row["step"], row["reward_mean"]) for row in rows if row.get("reward_mean") is not None]
+    tested = [row for row in rows if row.get("eval_reward") is not None]
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="#94a3b8", linewidth=1.3, label="training images")
+    if tested:
+        steps = [row["step"] for row in tested]
+        low, high = ([row[f"eval_reward_{end}"] for row in tested] for end in ("low", "high"))
+        axes.fill_between(steps, low, high, color="#2563eb", alpha=0.16, linewidth=0, label="95 % interval")
+        axes.plot(steps, [row["eval_reward"] for row in tested], color="#2563eb", linewidth=2, marker="o",
+                  markersize=4, label="evaluation, equal seeds")  # fmt: skip
+    axes.set(xlabel="step", ylabel=reward)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def save(picture: Any, file: Path) -> Path:
+    """Writes a Pillow picture or a matplotlib figure as PNG, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".saving-", suffix=".png")
+    os.close(handle)
+    try:
+        getattr(picture, "savefig" if hasattr(picture, "savefig") else "save")(temporary, format="png")
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return file
