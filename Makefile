@@ -20,6 +20,7 @@ SOURCES := pyproject.toml constraints.txt
 
 # After the installation nothing is fetched from anywhere.
 export HF_HUB_OFFLINE := 1
+export NO_MKDOCS_2_WARNING := 1
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check docs clean

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "tropism").rglob("*.py"))
 METHODS = sorted(path for path in (ROOT / "tropism" / "methods").glob("*.py") if path.stem != "__init__")
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 LIBRARY_LINES, METHOD_LINES = 400, 200
 PAPER = re.compile(r"\(.+ (19|20)\d\d")  # authors and a year
@@ -118,3 +122,23 @@ def test_every_method_has_a_page() -> None:
     documented = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")}
     methods = {path.stem for path in METHODS if is_method(path)}
     assert methods <= documented, f"docs/methods has no page for {sorted(methods - documented)}"
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_every_setting_is_explained(path: Path) -> None:
+    """On the method's own page; those that methods share, on some page."""
+    pages = (ROOT / "docs" / "methods").glob("*.md" if not is_method(path) else f"{path.stem}.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    classes = [node for node in parsed(path).body if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
+    fields = [ast.unparse(node.target) for each in classes for node in each.body if isinstance(node, ast.AnnAssign)]
+    assert not [name for name in fields if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=name_of)
+def test_documented_code_runs(page: Path, tmp_path: Path) -> None:
+    """All python blocks of a page, one after another, as one file."""
+    file = tmp_path / "documented.py"
+    file.write_text("\n".join(PYTHON.findall(page.read_text(encoding="utf-8"))), encoding="utf-8")
+    found = runpy.run_path(str(file), run_name="documented")
+    if page.stem == "index":
+        assert found["after"] > found["before"] + 0.2

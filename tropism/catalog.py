@@ -70,7 +70,9 @@ def check_model(name: str) -> str | Path:
             raise BadInput(f"model is {name}, which has no model_index.json; wanted the folder of a diffusers pipeline")
         return folder
     if not HUB_NAME.fullmatch(name) or name.startswith((".", "/", "~")):
-        raise BadInput(f"there is no model {name!r}; wanted {', '.join(SHIPPED)}, a folder, or a hub name (owner/model)")
+        raise BadInput(
+            f"there is no model {name!r}; wanted {', '.join(SHIPPED)}, a folder, or a hub name (owner/model)"
+        )
     return name
 
 
@@ -89,9 +91,12 @@ def own_prompts(model: str, held_out: bool) -> str | None:
     return ("scenes-held-out" if held_out else "scenes") if model in SHIPPED else None
 
 
-def read_prompt_set(name: str) -> PromptSet:
-    """A file of prompts, or a set by name: scenes, scenes-held-out, either with -single, -count or -pair for captions of
-    one kind and :N for how many (512 by default, 64 of those held out). Raises BadInput."""
+def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
+    """A file of prompts, or a set by name. Raises BadInput.
+
+    The sets are scenes and scenes-held-out; -single, -count or -pair asks for captions of one kind, :N for how many
+    (scenes-held-out-pair:16); usual are 512 to train on, and 64 that are held out.
+    """
     from tropism.data.prompts import PromptSet, read_prompts
     from tropism.worlds.scenes import KINDS, captions
 
@@ -103,7 +108,7 @@ def read_prompt_set(name: str) -> PromptSet:
         split, usual = ("held_out", 64) if match["held"] else ("train", 512)
         return PromptSet(captions(int(match["count"] or usual), 0, split, kinds))  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
-        raise BadInput(f"prompts is {name}: {one_line(error)}") from error
+        raise BadInput(f"{field} is {name}: {one_line(error)}") from error
 
 
 # Rewards.
@@ -128,6 +133,7 @@ class Packaged:
     build: Callable[[str | None, torch.device], Reward]
     doc: str
     takes_source: bool = True
+    needs_source: bool = False
 
 
 def own_rewards(model: str) -> list[str]:
@@ -151,10 +157,12 @@ def parse_reward(text: str) -> RewardSpec:
         source = body.partition(":")[2] or None
         if source and not packaged_rewards()[name].takes_source:
             raise BadInput(f"reward is {text!r}; wanted {name} alone: it has no weights to find")
+        if source is None and packaged_rewards()[name].needs_source:
+            raise BadInput(f"reward is {text!r}, whose weights have no usual place; wanted {name}:FOLDER")
         return RewardSpec(body, name, source, weight, True)
     module, colon, function = body.rpartition(":")
     if not colon or not module or not function:
-        raise BadInput(f"there is no reward {text!r}; {suggest(body, packaged_rewards())}, or MODULE:FUNCTION")
+        raise BadInput(f"there is no reward {text!r}; {suggest(body, [*packaged_rewards(), 'MODULE:FUNCTION'])}")
     return RewardSpec(body, function, module, weight, False)
 
 
@@ -200,7 +208,7 @@ def packaged_rewards() -> dict[str, Packaged]:
         "scenes": Packaged(_scenes, "does the picture show what its caption says (scenes captions only)", False),
         "clip": Packaged(_from_pretrained("ClipScore"), f"agreement of picture and prompt; {clip}"),
         "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
-        "hpsv2": Packaged(_from_pretrained("HPSv2", needs="hpsv2:FOLDER"), f"human preference; {clip}"),
+        "hpsv2": Packaged(_from_pretrained("HPSv2"), f"human preference; {clip}", needs_source=True),
         "aesthetic": Packaged(_from_pretrained("LaionAesthetic"), f"aesthetics, prompts unread; {clip}"),
     }
 
@@ -212,13 +220,13 @@ def _scenes(source: str | None, device: torch.device) -> Reward:
     return ScenesReward(verify_batch)
 
 
-def _from_pretrained(kind: str, needs: str = "") -> Callable[[str | None, torch.device], Reward]:
+def _from_pretrained(kind: str) -> Callable[[str | None, torch.device], Reward]:
     def build(source: str | None, device: torch.device) -> Reward:
         from tropism.models import clip_rewards
 
-        if source is None and needs:
-            raise BadInput(f"this reward has no weights to find by itself; give them as {needs}")
-        reward: Reward = getattr(clip_rewards, kind).from_pretrained(*([] if source is None else [source]), device=device)
+        reward: Reward = getattr(clip_rewards, kind).from_pretrained(
+            *([] if source is None else [source]), device=device
+        )
         return reward
 
     return build

@@ -1,8 +1,8 @@
 """Checkpoints: everything the next step needs, as safetensors and JSON, written to a temporary name and renamed.
 
-A checkpoint is a folder with the adapter (as ``save_adapter`` writes it, so it can be sampled from), ``state.safetensors``
-(the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``) and ``state.json`` (the step,
-the optimizer's settings, and what the method remembers).
+A checkpoint is a folder with the adapter (as ``save_adapter`` writes it, so it can be drawn with),
+``state.safetensors`` (the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``) and
+``state.json`` (the step, the optimizer's settings, and what the method remembers).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,6 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     method: Any,
     ema: Ema | None = None,
-    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``folder/step-<step>`` and removes all but the last two. Whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +45,10 @@ def save_checkpoint(
             tensors["generator"] = generator.get_state()
         if ema is not None:
             tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new / "state.safetensors")
-        state = {"step": step, "optimizer": settings, "method": method_state(method), **(facts or {})}
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new / "state.safetensors"
+        )
+        state = {"step": step, "optimizer": settings, "method": method_state(method)}
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
@@ -77,7 +77,5 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def method_state(method: Any) -> dict[str, Any]:
     """What a method remembers from step to step: its own ``state_dict``, or that of its credit's statistics."""
     stats = getattr(getattr(method, "credit", None), "stats", None)
-    for holder, name in ((method, "method"), (stats, "statistics")):
-        if hasattr(holder, "state_dict"):
-            return {name: holder.state_dict()}
-    return {}
+    holders: dict[str, Any] = {"method": method, "statistics": stats}
+    return {name: holder.state_dict() for name, holder in holders.items() if hasattr(holder, "state_dict")}

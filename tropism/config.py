@@ -71,6 +71,7 @@ class TrainSettings(DeviceSettings):
     eval_seed: int = 0
     """Of the noise that evaluation starts from: the same in every evaluation and every run."""
     lora_rank: int = 8
+    """Size of the LoRA."""
     lora_alpha: int | None = None
     """Scale of the LoRA times its rank; none: the rank."""
     lora_targets: list[str] | None = None
@@ -214,7 +215,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
-class PlainLoader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML as people write it: 3e-4 is a number, and only true and false are truth values (``no`` is a word)."""
 
 

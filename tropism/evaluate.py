@@ -61,9 +61,7 @@ class Evaluation:
     parts: Mapping[str, Tensor]  # each reward by name, (N,), unweighted
 
 
-def deterministic(
-    model: TextToImage, steps: int, guidance: float | None = None, microbatch: int = 16
-) -> Policy:
+def deterministic(model: TextToImage, steps: int, guidance: float | None = None, microbatch: int = 16) -> Policy:
     """The policy of evaluation: no chance after the first noise; guidance is the model's own unless given."""
     flow = isinstance(model.denoiser.schedule, RectifiedFlow)
     kernel: Kernel = EulerODE() if flow else DDIM(0.0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tropism.base import Cond, TextToImage
 from tropism.guidance.cfg import Scale, step
+from tropism.randomness import row_generators, row_seeds
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,25 @@ class Exploration:
         """cond (B rows) of ``prompts`` -> the perturbed rows."""
         count = len(prompts)
         device = next(iter(cond.values())).device
-        chosen = (torch.rand(count, generator=generator) < self.probability).to(device)
+        own = row_generators(row_seeds(count, generator))
+        chosen = (torch.cat([torch.rand(1, generator=each) for each in own]) < self.probability).to(device)
         perturbed = dict(cond)
         if self.low is not None:
             perturbed["guidance_low"] = torch.full((count,), self.low, device=device).where(chosen, math.nan)
         if self.phrase_weights != (1.0, 1.0):
-            perturbed["prompt_embeds"] = self._reweighted(model, prompts, cond, chosen, generator)
+            perturbed["prompt_embeds"] = self._reweighted(model, prompts, cond, chosen, own)
         return perturbed
 
     def _reweighted(
-        self, model: TextToImage, prompts: Sequence[str], cond: Cond, chosen: Tensor, generator: torch.Generator | None
+        self, model: TextToImage, prompts: Sequence[str], cond: Cond, chosen: Tensor, own: Sequence[torch.Generator]
     ) -> Tensor:
-        """z' = z_null + w (z - z_null) for the tokens of each phrase, w one draw a phrase."""
+        """z' = z_null + w (z - z_null) for the tokens of each phrase, w one draw a phrase; other tokens stay as they
+        are."""
         embeds = cond["prompt_embeds"]
         phrase = model.phrases(prompts).to(embeds.device)
         low, high = self.phrase_weights
-        draws = low + (high - low) * torch.rand(len(prompts), int(phrase.max()) + 2, generator=generator)
-        draws = draws.to(embeds)
-        draws[:, 0] = 1.0
-        weight = draws.gather(1, phrase + 1).where(chosen[:, None], 1.0)[..., None]
-        null = model.null()["prompt_embeds"]
-        return null + weight * (embeds - null)
+        count = int(phrase.max()) + 1
+        draws = torch.stack([low + (high - low) * torch.rand(count, generator=each) for each in own]).to(embeds)
+        null, weight = model.null()["prompt_embeds"].to(embeds), draws.gather(1, phrase.clamp(min=0))
+        touched = ((phrase >= 0) & chosen[:, None])[..., None]
+        return (null + weight[..., None] * (embeds - null)).where(touched, embeds)

@@ -1,12 +1,13 @@
-"""Dataclasses as flags and YAML keys. jsonargparse reads values by their types; what it refuses is said in one sentence.
+"""Dataclasses as flags and YAML keys. jsonargparse reads values by their types; what it refuses is one sentence.
 
 A field ``save_every: int = 25`` with a string below it is the flag ``--save-every N`` (``--save_every`` as well), the
-YAML key ``save_every``, and its help. Truth values are ``--full`` and ``--no-full``; lists take several words or several
-flags. ``--config FILE.yaml`` gives values that flags override.
+YAML key ``save_every``, and its help. Truth values are ``--full`` and ``--no-full``; lists take several words or
+several flags. ``--config FILE.yaml`` gives values that flags override.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import inspect
@@ -23,6 +24,13 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, set_loader
 from tropism.config import BadInput, PlainLoader, read_config
 
 set_loader("plain", lambda text, **_: yaml.load(text, PlainLoader), exceptions=(yaml.YAMLError,))
+
+
+class Help(argparse.HelpFormatter):
+    """Flags in a column of their own."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=30, width=110)
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,11 @@ class Setting:
 
 
 def settings_of(kind: type[Any], group: str) -> list[Setting]:
-    """The fields of a dataclass, those of its bases first."""
+    """The fields of a dataclass, those of its bases after its own."""
     hints, docs = typing.get_type_hints(kind), _docs(kind)
-    return [
-        Setting(f.name, hints[f.name], _default(f), docs.get(f.name, ""), group) for f in fields(kind) if f.init
-    ]
+    depth = {name: at for at, base in enumerate(kind.__mro__) for name in vars(base).get("__annotations__", {})}
+    ordered = sorted((field for field in fields(kind) if field.init), key=lambda field: depth[field.name])
+    return [Setting(f.name, hints[f.name], _default(f), docs.get(f.name, ""), group) for f in ordered]
 
 
 def _default(field: Any) -> Any:
@@ -74,8 +82,8 @@ def _docs(kind: type[Any]) -> dict[str, str]:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(node, ast.ClassDef)
         for field, below in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                found[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value))
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
     return found
 
 
@@ -101,33 +109,61 @@ def wanted(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
 
 
+def shown(default: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(default, list | tuple):
+        return " ".join(map(str, default)) or "none"
+    if default is None or isinstance(default, bool):
+        return {None: "none", True: "yes", False: "no"}[default]
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value in the help."""
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    return {int: "N", float: "X", str: "TEXT"}.get(kind, "VALUE")
+
+
 def build_parser(prog: str, description: str, settings: Sequence[Setting]) -> ArgumentParser:
-    """A jsonargparse parser that knows the settings; ``format_help`` lists them."""
+    """A jsonargparse parser that knows the settings; ``format_help`` lists them by their groups."""
     parser = ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="plain",
-        usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]",
+        usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]", formatter_class=Help,
     )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.yaml", type=str, help="Settings by name; flags override them.")
     groups: dict[str, Any] = {}
     for setting in settings:
         group = groups.get(setting.group) or groups.setdefault(setting.group, parser.add_argument_group(setting.group))
         bare = _without_none(setting.kind)
-        options: dict[str, Any] = {"type": setting.kind}
+        options: dict[str, Any] = {"type": setting.kind, "metavar": _metavar(bare)}
         if bare is bool:
             options = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
         elif setting.is_list or setting.pair:
-            options = {"type": typing.get_args(bare)[0], "nargs": setting.pair or "+"}
-        group.add_argument(setting.flag, default=setting.default, help=setting.doc.replace("%", "%%"), **options)
+            inner = typing.get_args(bare)[0]
+            options = {"type": inner, "nargs": setting.pair or "+", "metavar": _metavar(inner)}
+        text = f"{setting.doc} (default: {shown(setting.default)})".strip()
+        group.add_argument(setting.flag, default=setting.default, help=text.replace("%", "%%"), **options)
     return parser
 
 
-def read(parser: ArgumentParser, settings: Sequence[Setting], argv: Sequence[str]) -> dict[str, Any]:
-    """Values by name: defaults, then ``--config`` files, then flags. Raises BadInput."""
+def read(
+    parser: ArgumentParser, settings: Sequence[Setting], argv: Sequence[str], method: str | None = None
+) -> dict[str, Any]:
+    """Values by name: defaults, then ``--config`` files, then flags. Raises BadInput.
+
+    A file may say which method it is for; that must be ``method``.
+    """
     known = {setting.name: setting for setting in settings}
     values = {setting.name: setting.default for setting in settings}
     given = list(_words_by_flag(argv))
     for name, words in given:
         if name == "config":
-            values |= checked(parser, known, read_config(_one(words, "config")))
+            entries = read_config(_one(words, "config"))
+            written = str(entries.pop("method", method)).replace("_", "-")
+            if written != str(method):
+                raise BadInput(f"{words[0]} is for the method {written}; wanted settings of {method or 'this command'}")
+            values |= checked(parser, known, entries)
     for name, words in _collected(known, (pair for pair in given if pair[0] != "config")):
         values[name] = _from_words(parser, known[name], words)
     return {name: tuple(v) if known[name].pair and v is not None else v for name, v in values.items()}
@@ -147,6 +183,8 @@ def checked(parser: ArgumentParser, known: Mapping[str, Setting], entries: Mappi
             continue
         try:
             values[name] = parser.parse_object({name: value})[name]
+            if setting.pair and len(values[name]) != setting.pair:
+                raise ValueError(f"{len(values[name])} values")
         except (ArgumentError, TypeError, ValueError) as error:
             raise BadInput(f"{name} is {value!r}; wanted {wanted(setting.kind)}") from error
     return values
@@ -166,9 +204,7 @@ def _words_by_flag(argv: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
     return groups
 
 
-def _collected(
-    known: Mapping[str, Setting], given: Iterable[tuple[str, list[str]]]
-) -> Iterable[tuple[str, list[str]]]:
+def _collected(known: Mapping[str, Setting], given: Iterable[tuple[str, list[str]]]) -> Iterable[tuple[str, list[str]]]:
     """One entry a setting: lists gather the words of all their flags, of others the last one counts."""
     found: dict[str, list[str]] = {}
     for name, words in given:

@@ -1,7 +1,8 @@
-"""What a run says while it goes: lines of JSON, a progress bar (or a line a step where there is no terminal), trackers."""
+"""What a run says while it goes, and when it stops: lines of JSON, a progress bar or lines, trackers, reasons."""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -12,18 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tropism.config import BadInput
+from safetensors import SafetensorError
+
+from tropism.config import BadInput, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Names that Accelerate knows, with the packages that they need.
-TRACKERS = {name: (name,) for name in ("wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")}
-TRACKERS["tensorboard"] = ("tensorboard", "tensorboardX")
+TRACKERS = {name: [name] for name in ("wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")}
+TRACKERS["tensorboard"] = ["tensorboard", "tensorboardX"]
 
 
 def check_trackers(report_to: str) -> list[str]:
-    """The trackers named, separated by commas. Raises BadInput for an unknown name and for a package that is missing."""
+    """The trackers named, separated by commas. Raises BadInput for an unknown name or a package that is missing."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     for name in names:
         if name not in TRACKERS:
@@ -104,3 +107,13 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def reason(error: BaseException, out: Path) -> str:
+    """What went wrong, in a sentence without its end."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, SafetensorError) and ("StorageFull" in str(error) or "No space" in str(error))):
+        return f"there is no space left on the disk of {out}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device ran out of memory; lower sample_batch or minibatch, or set gradient_checkpointing"
+    return one_line(error)

@@ -138,19 +138,26 @@ def before_after(
         sheet.text(x, second + TILE + 5, number(new))
         if not math.isnan(new - old):
             colour = GOOD if new > old else BAD if new < old else FAINT
-            sheet.text(x + 62, second + TILE + 5, f"{new - old:+.3g}", colour, bold=True)
+            sheet.text(x + 62, second + TILE + 5, f"{new - old:+.{_decimals(old, new)}f}", colour, bold=True)
     return sheet.image
 
 
 def number(value: float) -> str:
-    """Three digits; a missing one is said."""
-    return "no score" if math.isnan(value) else f"{value:.3g}"
+    """Three digits, so that 1 is 1.00; a missing one is said."""
+    return "no score" if math.isnan(value) else f"{value:#.3g}".rstrip(".")
+
+
+def _decimals(*values: float) -> int:
+    """As many as the largest shows."""
+    largest = max(abs(value) for value in values)
+    return max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 2
 
 
 def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
     """A matplotlib figure of metrics rows: the reward in training, and on held-out prompts with its 95 % band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -169,9 +176,9 @@ def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

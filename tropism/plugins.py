@@ -1,4 +1,4 @@
-"""A function of the user's, by MODULE:FUNCTION, where MODULE may be a file: ``my_rewards:sharp``, ``./reward.py:sharp``."""
+"""A function of the user's, by MODULE:FUNCTION; MODULE may be a file: ``my_rewards:sharp``, ``./reward.py:sharp``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_function(module: str, name: str, what: str) -> Callable[..., Any]:
     except Exception as error:
         raise BadInput(f"{what} is {module}:{name}, but {name}() raised {_named(error)}") from error
     if not callable(made):
-        raise BadInput(f"{what} is {module}:{name}, which is a {type(made).__name__}; wanted a function")
+        raise BadInput(f"{what} is {module}:{name}, which is of type {type(made).__name__}; wanted a function")
     return made  # type: ignore[no-any-return]
 
 

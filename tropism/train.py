@@ -44,9 +44,12 @@ class _Sums:
     values: dict[str, float] = field(default_factory=dict)
 
     def add(self, loss: Loss) -> None:
+        """Nothing where the loss stands for nothing: its metrics may be NaN."""
         weight = float(loss.weight)
+        if not weight:
+            return
         self.weight += weight
-        for name, value in {"loss": loss.total.detach() / max(weight, 1e-12), **loss.metrics}.items():
+        for name, value in {"loss": loss.total.detach() / weight, **loss.metrics}.items():
             self.values[name] = self.values.get(name, 0.0) + weight * float(value)
 
     def means(self) -> dict[str, float]:
@@ -70,17 +73,16 @@ def update(
     max_norm: float,
     step: int,
     accelerator: Accelerator,
-) -> float:
+) -> float | None:
     """Divides the summed gradients once by the all-reduced weight, clips, checks, steps. Returns the gradient's norm.
 
-    The division is by what every process together stands for, so 1, 2 and 4 processes make the same update. Raises
-    NothingToLearn, on every process, when that is nothing.
+    The division is by what every process together stands for, so 1, 2 and 4 processes make the same update. When that
+    is nothing, every process skips the update (not even weight decay happens) and the answer is None.
     """
     total = accelerator.reduce(weight.detach().clone(), "sum")
     if not float(total):
-        raise NothingToLearn(
-            f"step {step} has nothing to learn from: every reward is missing, or equal to the others of its prompt"
-        )
+        optimizer.zero_grad(set_to_none=True)
+        return None
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -143,6 +145,12 @@ def _one_batch(
             sums.add(loss)
             info.update(getattr(minibatch, "info", {}))
             weight += loss.weight.detach().double().cpu()
-        norms.append(update(optimizer, parameters, weight, max_norm=max_norm, step=number, accelerator=accelerator))
-        method.after_step()
+        norm = update(optimizer, parameters, weight, max_norm=max_norm, step=number, accelerator=accelerator)
+        if norm is not None:
+            norms.append(norm)
+            method.after_step()
+    if not norms:
+        raise NothingToLearn(
+            f"step {number} has nothing to learn from: every reward is missing, or equal to the others of its prompt"
+        )
     return sums, info, norms

@@ -30,8 +30,13 @@ MEAN, STD = 0.5, 0.5
 def build(tokenizer: object) -> CLIPModel:
     text = text_config(tokenizer, WIDTH, 3)  # type: ignore[arg-type]
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=4, num_attention_heads=4, image_size=64,
-        patch_size=8, projection_dim=WIDTH,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=WIDTH,
     )
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH))
 

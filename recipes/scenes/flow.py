@@ -27,9 +27,17 @@ SILENT = 256  # tokens of the third text encoder, the pipeline's default
 
 def build_transformer() -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=8, out_channels=8, num_layers=6, attention_head_dim=32,
-        num_attention_heads=6, joint_attention_dim=2 * WIDTH, caption_projection_dim=192,
-        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8,
+        sample_size=8,
+        patch_size=1,
+        in_channels=8,
+        out_channels=8,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=192,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
     )
 
 
@@ -47,7 +55,9 @@ def silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
 class OneSilentToken:
     """Joint attention in which the last context token stands for ``SILENT`` equal ones."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor]:
         count, places = hidden_states.shape[:2]
 
         def heads(value: Tensor) -> Tensor:
@@ -92,9 +102,15 @@ def flow_loss(network: nn.Module, latents: Tensor, ids: Tensor, generator: torch
 def export(network: Network, vae_folder: Path, folder: Path) -> None:
     t5, letters = silent_t5()
     pipe = StableDiffusion3Pipeline(
-        transformer=network.transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=AutoencoderTiny.from_pretrained(vae_folder), text_encoder=network.first, tokenizer=build_tokenizer(),
-        text_encoder_2=network.second, tokenizer_2=build_tokenizer(), text_encoder_3=t5, tokenizer_3=letters,
+        transformer=network.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=AutoencoderTiny.from_pretrained(vae_folder),
+        text_encoder=network.first,
+        tokenizer=build_tokenizer(),
+        text_encoder_2=network.second,
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=t5,
+        tokenizer_3=letters,
     )
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
 

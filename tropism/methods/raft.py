@@ -153,7 +153,8 @@ class Settings(MethodSettings):
             )
         if self.epochs < 1 or self.updates < 1 or not 0 <= self.drop < 1:
             raise ValueError(
-                f"epochs is {self.epochs}, updates {self.updates} and drop {self.drop}; wanted at least 1, 1, and 0 to 1"
+                f"epochs is {self.epochs}, updates {self.updates} and drop {self.drop}; wanted 1 or "
+                "more, 1 or more, and 0 to 1"
             )
         self.weigh()
 

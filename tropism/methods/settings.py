@@ -9,7 +9,6 @@ from tropism.explore import Exploration
 from tropism.guidance.cfg import Scale
 from tropism.policy import Policy
 
-
 COUNTS = ("inference_steps", "prompts_per_step", "images_per_prompt", "minibatch", "sample_batch")
 
 
@@ -107,7 +106,9 @@ class PolicyGradientSettings(ExploreSettings):
         if self.clip < 0 or self.kl_weight < 0:
             raise ValueError(f"clip is {self.clip} and kl_weight {self.kl_weight}; wanted 0 or more")
         if self.inner_epochs < 1 or self.updates < 1:
-            raise ValueError(f"inner_epochs is {self.inner_epochs} and updates {self.updates}; wanted at least 1 of each")
+            raise ValueError(
+                f"inner_epochs is {self.inner_epochs} and updates {self.updates}; wanted at least 1 of each"
+            )
         if self.clip == 0 and self.inner_epochs * self.updates > 1:
             raise ValueError(
                 f"updates is {self.updates} and inner_epochs {self.inner_epochs}; wanted 1 of each with clip 0: the "

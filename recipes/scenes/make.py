@@ -1,0 +1,64 @@
+"""Make the shipped scenes weights again, from nothing: autoencoder, latents, two pipelines, CLIP. Resumable.
+
+    python recipes/scenes/make.py --work ~/scenes-weights
+
+Each stage is a recipe of its own beside this file and goes on from what it saved. ``--install`` copies what is finished
+into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PACKAGE = HERE.parents[1] / "tropism" / "worlds" / "scenes" / "weights"
+DEFAULTS = {"sd": {"guidance_scale": 3.0, "steps": 20}, "flow": {"guidance_scale": 3.0, "steps": 20}}
+
+
+def stages(work: Path) -> list[tuple[Path, list[str]]]:
+    """(what a stage makes, its command), in order."""
+    vae, latents = work / "vae" / "final", work / "latents.safetensors"
+    data = ["--latents", str(latents), "--vae", str(vae), "--compile"]
+    return [
+        (vae / "config.json", ["vae.py", "--out", str(work / "vae"), "--steps", "3000"]),
+        (latents, ["latents.py", "--vae", str(vae), "--out", str(latents)]),
+        (work / "sd/pipeline/model_index.json", ["sd.py", "--out", str(work / "sd"), "--steps", "3900", *data]),
+        (work / "flow/pipeline/model_index.json", ["flow.py", "--out", str(work / "flow"), "--steps", "3500", *data]),
+        (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
+    ]
+
+
+def install(work: Path) -> None:
+    """Copies finished pipelines, with their default guidance and steps, and the CLIP."""
+    for name, source in {"sd": "sd/pipeline", "flow": "flow/pipeline", "clip": "clip/final"}.items():
+        if not (work / source).is_dir():
+            continue
+        shutil.rmtree(PACKAGE / name, ignore_errors=True)
+        shutil.copytree(work / source, PACKAGE / name)
+        for file in (PACKAGE / name).rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        if name in DEFAULTS:
+            (PACKAGE / name / "tropism.json").write_text(json.dumps(DEFAULTS[name]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--install", action="store_true", help="only copy what is finished into the package")
+    args = parser.parse_args()
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+    for made, command in [] if args.install else stages(args.work):
+        if not made.exists():
+            print("running", *command, flush=True)
+            subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True, env=environment)
+    install(args.work)
+
+
+if __name__ == "__main__":
+    main()

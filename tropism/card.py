@@ -1,0 +1,121 @@
+"""The model card of a run: a README.md with the header that hubs read, a snippet, the evaluation, and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from tropism import __version__
+from tropism.catalog import SHIPPED
+from tropism.evaluate import interval, paired_gain
+
+if TYPE_CHECKING:
+    from tropism.models.latent_pipeline import LatentPipeline
+    from tropism.plan import Plan
+    from tropism.report import Outcome
+
+
+def render(plan: Plan, model: LatentPipeline, outcome: Outcome) -> str:
+    """The whole text."""
+    settings = plan.settings
+    what = "All weights of the denoising network" if settings.full else "A LoRA"
+    return "\n".join(
+        [
+            _header(plan),
+            f"# {plan.method} on {settings.model}",
+            "",
+            f"{what} trained by tropism {__version__} with {plan.method} on the "
+            f"reward `{' '.join(settings.reward)}`: {settings.steps} steps, {outcome.images} images.",
+            "",
+            "![The same prompts and seeds before and after](before_after.png)",
+            "",
+            "## Use",
+            "",
+            _snippet(plan, model),
+            "## Evaluation",
+            "",
+            f"{settings.eval_images} images of `{settings.eval_prompts}`, the same prompts from the same noise before "
+            f"and after (seed {settings.eval_seed}), {model.steps} deterministic steps, guidance "
+            f"{model.guidance_scale:g}. Means, with 95 % bootstrap intervals.",
+            "",
+            *_table(outcome),
+            "",
+            "![Rewards over the steps](curve.png)",
+            "",
+            "## Settings",
+            "",
+            f"`tropism train {plan.method} --config config.yaml` runs this again.",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *_rows(asdict(plan.method_settings) | {k: v for k, v in asdict(settings).items() if k != "out"}),
+            "",
+        ]
+    )
+
+
+def _header(plan: Plan) -> str:
+    settings = plan.settings
+    shipped = settings.model in SHIPPED
+    licence = {"license": "apache-2.0"} if shipped else {"license": "other", "license_name": "as-the-base-model"}
+    tags = ["text-to-image", "diffusers", "tropism", "reward-fine-tuning", plan.method]
+    facts = {
+        "base_model": settings.model,
+        "library_name": "diffusers",
+        **licence,
+        "pipeline_tag": "text-to-image",
+        "tags": tags if settings.full else [*tags, "lora", "template:sd-lora"],
+    }
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
+
+
+def _snippet(plan: Plan, model: LatentPipeline) -> str:
+    """How to draw with the result in plain diffusers."""
+    settings, prompt = plan.settings, plan.eval_prompts.text[0]
+    lines = ["from diffusers import DiffusionPipeline", ""]
+    base = repr(settings.model)
+    if settings.model in SHIPPED:
+        lines.insert(0, "from tropism.catalog import check_model")
+        base = f"check_model({settings.model!r})"
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({base})")
+    if settings.full:
+        kind = type(getattr(model.pipe, model.part)).__name__
+        lines[0:0] = [f"from diffusers import {kind}"]
+        lines.append(f'pipe.{model.part} = {kind}.from_pretrained("adapter/{model.part}")')
+    else:
+        lines.append('pipe.load_lora_weights("adapter")  # the folder beside this file')
+    call = f"{prompt!r}, num_inference_steps={model.steps}, guidance_scale={model.guidance_scale:g}"
+    lines.append(f'pipe({call}).images[0].save("image.png")')
+    return "```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _table(outcome: Outcome) -> Iterable[str]:
+    """One line a reward, and one for their sum where there are several."""
+    yield "| reward | before | after | gain | better | pairs |"
+    yield "|---|---|---|---|---|---|"
+    pairs = {name: (outcome.before.parts[name], outcome.after.parts[name]) for name in outcome.before.parts}
+    if len(pairs) > 1 or not torch.equal(outcome.before.total.nan_to_num(), next(iter(pairs.values()))[0].nan_to_num()):
+        pairs["weighted sum"] = (outcome.before.total, outcome.after.total)
+    for name, (before, after) in pairs.items():
+        gain = paired_gain(before, after)
+        yield (
+            f"| {name} | {_mean(before)} | {_mean(after)} | {gain.mean:+.4g} ({gain.low:+.4g} to {gain.high:+.4g}) | "
+            f"{gain.win_rate:.0%} | {gain.pairs} |"
+        )
+
+
+def _mean(values: torch.Tensor) -> str:
+    found = interval(values)
+    return f"{found.mean:.4g} ({found.low:.4g} to {found.high:.4g})"
+
+
+def _rows(entries: dict[str, Any]) -> Iterable[str]:
+    for name, value in entries.items():
+        shown = (
+            " ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
+        )
+        yield f"| {name} | {shown.replace('|', chr(92) + '|')} |"

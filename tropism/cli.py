@@ -1,0 +1,200 @@
+"""The command ``tropism``: which command, which settings, and one sentence for whatever is wrong.
+
+Nothing heavy is imported before the settings have been read: the help of the command and of ``train`` need no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tropism import __version__
+from tropism.config import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from tropism.flags import Setting
+
+HELP = """\
+usage: tropism COMMAND [--SETTING VALUE ...]
+
+Align a generative model with a reward.
+
+commands:
+  demo            train a small model that comes with the package, in minutes
+  train METHOD    train a model (tropism train METHOD --help lists the settings)
+  sample          draw pictures, with or without what was trained
+  eval            score a model, and compare it with its base at equal seeds
+  methods         list the methods and their settings
+
+options:
+  --help, -h      this help, or that of a command
+  --version       the version
+
+Settings are given as flags, or in a file of YAML by --config FILE. With TROPISM_TRACEBACK=1 in the environment an
+error shows where it came from.
+"""
+SHARED, OWN = "settings of every run", "settings of {}"
+PRESET = "demo.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns 0; 2 when nothing was begun, 1 when a run failed, 130 when it was interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except BadInput as error:
+        return _fail(error, 2)
+    except RunFailed as error:
+        return _fail(error, 130 if type(error).__name__ == "Interrupted" else 1)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("tropism: stopped by the keyboard before anything had begun", file=sys.stderr)
+        return 130
+
+
+def _fail(error: Exception, code: int) -> int:
+    if os.environ.get("TROPISM_TRACEBACK"):
+        raise error
+    print("tropism: " + " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    commands: Mapping[str, Callable[[list[str]], None]] = {
+        "demo": _demo,
+        "train": _train,
+        "sample": _sample,
+        "eval": _eval,
+        "methods": _methods,
+    }
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(HELP, end="")
+    elif words[0] == "--version":
+        print(f"tropism {__version__}")
+    elif words[0] in commands:
+        commands[words[0]](words[1:])
+    else:
+        from tropism.config import suggest
+
+        raise BadInput(f"there is no command {words[0]!r}; {suggest(words[0], commands)}")
+    return 0
+
+
+def _asks_help(words: Sequence[str]) -> bool:
+    return "--help" in words or "-h" in words
+
+
+def _read(kind: type[Any], words: Sequence[str], command: str, description: str) -> Any:
+    """The settings of a command without a method; None when its help was printed instead."""
+    from tropism import flags
+
+    settings = flags.settings_of(kind, "settings")
+    parser = flags.build_parser(f"tropism {command}", description, settings)
+    if _asks_help(words):
+        print(parser.format_help())
+        return None
+    return kind(**flags.read(parser, settings, words))
+
+
+def _train(words: list[str]) -> None:
+    from tropism import catalog
+
+    methods = ", ".join(catalog.method_names())
+    if not words or words[0].startswith("-"):
+        if not _asks_help(words):
+            raise BadInput(f"train wants a method first; wanted one of {methods}")
+        from tropism import flags
+        from tropism.config import TrainSettings
+
+        shared = flags.settings_of(TrainSettings, SHARED)
+        print(flags.build_parser("tropism train METHOD", f"METHOD is one of {methods}.", shared).format_help())
+        return
+    found = _train_settings(words[0], words[1:], "train")
+    if found is not None:
+        from tropism.commands import run_train
+
+        run_train(*found)
+
+
+def _train_settings(method: str, words: Sequence[str], command: str) -> tuple[str, Any, Any] | None:
+    """(method as it is typed, shared settings, its own settings); None when help was printed instead."""
+    from tropism import catalog, flags
+    from tropism.config import TrainSettings
+
+    own = catalog.method_settings(method)
+    method = method.replace("_", "-")
+    both = (flags.settings_of(TrainSettings, SHARED), flags.settings_of(own, OWN.format(method)))
+    settings = [*both[1], *both[0]]
+    doc = f"{catalog.method_names()[method]} {(own.__doc__ or '').strip()}"
+    parser = flags.build_parser(f"tropism {command} {method}", doc, settings)
+    if _asks_help(words):
+        print(parser.format_help())
+        return None
+    values = flags.read(parser, settings, words, method)
+    return method, TrainSettings(**_of(both[0], values)), own(**_of(both[1], values))
+
+
+def _of(settings: Sequence[Setting], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {setting.name: values[setting.name] for setting in settings}
+
+
+def _demo(words: list[str]) -> None:
+    from pathlib import Path
+
+    from tropism.config import DemoSettings, read_config
+    from tropism.plan import next_folder
+
+    demo = _read(
+        DemoSettings, words, "demo", "Train a small model that comes with the package, and see the difference."
+    )
+    if demo is None:
+        return
+    preset = str(Path(__file__).with_name(PRESET)) if demo.preset is None else demo.preset
+    given = {name: getattr(demo, name) for name in ("steps", "seed", "device", "threads")}
+    argv = ["--config", preset, "--out", str(demo.out or next_folder(Path("runs"), "demo"))]
+    argv += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    found = _train_settings(str(read_config(preset).get("method", "ddpo")), argv, "demo")
+    assert found is not None
+    from tropism.commands import run_demo
+
+    run_demo(*found)
+
+
+def _sample(words: list[str]) -> None:
+    from tropism.config import SampleSettings
+
+    settings = _read(SampleSettings, words, "sample", "Draw pictures, one PNG each and all in a grid.")
+    if settings is not None:
+        from tropism.commands import run_sample
+
+        run_sample(settings)
+
+
+def _eval(words: list[str]) -> None:
+    from tropism.config import EvalSettings
+
+    settings = _read(EvalSettings, words, "eval", "Score a model; with --adapter, compare it with its base.")
+    if settings is not None:
+        from tropism.commands import run_eval
+
+        run_eval(settings)
+
+
+def _methods(words: list[str]) -> None:
+    from tropism import catalog, flags
+
+    if _asks_help(words) or any(word.startswith("-") for word in words):
+        print(
+            "usage: tropism methods [METHOD ...]\n\nThe methods (all, unless named) with their settings and defaults."
+        )
+        return
+    for name in words or catalog.method_names():
+        own = catalog.method_settings(name)
+        print(f"{name.replace('_', '-')}: {catalog.method_names()[name.replace('_', '-')]}")
+        for setting in flags.settings_of(own, ""):
+            print(f"  {setting.flag:<24} {flags.shown(setting.default):<10} {setting.doc}")
+        print()

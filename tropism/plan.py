@@ -1,0 +1,239 @@
+"""From settings to a run that can begin: all is checked before anything loads, then all is loaded and tried once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from tropism import catalog
+from tropism.catalog import RewardSpec
+from tropism.config import BadInput, DeviceSettings, TrainSettings, one_line
+from tropism.data.prompts import PromptSet
+from tropism.log import check_trackers
+from tropism.rewards import RewardError, ScoredReward, Weighted, check_scores
+
+if TYPE_CHECKING:
+    from tropism.base import Prompts, Reward
+    from tropism.ema import Ema
+    from tropism.models.latent_pipeline import LatentPipeline
+
+T = TypeVar("T")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run. ``settings`` say which rewards and prompts are used even where the user left that open."""
+
+    method: str
+    settings: TrainSettings
+    method_settings: Any
+    rewards: Sequence[RewardSpec]
+    prompts: PromptSet
+    eval_prompts: PromptSet
+    device: torch.device
+    trackers: Sequence[str]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run works with, loaded."""
+
+    model: LatentPipeline
+    reward: Weighted
+    method: Any
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+
+
+# Checks; nothing is loaded.
+
+
+def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Plan:
+    """Raises BadInput for whatever can be known to be wrong before anything is loaded."""
+    settings.check()
+    with as_bad_input(ValueError):
+        method_settings.check()
+    rewards = given(settings.reward or catalog.own_rewards(settings.model), "reward", settings.model)
+    prompts = given(settings.prompts or catalog.own_prompts(settings.model, held_out=False), "prompts", settings.model)
+    held_out = settings.eval_prompts or catalog.own_prompts(settings.model, held_out=True) or prompts
+    specs = catalog.check_rewards(rewards)
+    catalog.check_model(settings.model)
+    device = check_device(settings)
+    trackers = check_trackers(settings.report_to)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput(
+            "this was started as several processes, and training is done by one; start it without a launcher"
+        )
+    return Plan(
+        method=method,
+        settings=replace(settings, reward=list(rewards), prompts=prompts, eval_prompts=held_out),
+        method_settings=method_settings,
+        rewards=specs,
+        prompts=catalog.read_prompt_set(prompts),
+        eval_prompts=catalog.read_prompt_set(held_out, "eval_prompts"),
+        device=device,
+        trackers=trackers,
+        out=check_out(settings.out, f"{method}-{Path(settings.model).name}"),
+    )
+
+
+def given(value: T | None, name: str, model: str) -> T:
+    """The value. Raises BadInput where there is none."""
+    if not value:
+        raise BadInput(f"{name} is not given, and the model {model} has none of its own; give --{name}")
+    return value
+
+
+def check_device(settings: DeviceSettings) -> torch.device:
+    """The device to use; also sets the number of threads. Raises BadInput for one that is not there."""
+    name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"device is {name}, which torch cannot use here; wanted cpu, or a GPU such as cuda") from error
+    if device.type == "cpu" and settings.mixed_precision == "fp16":
+        raise BadInput("mixed_precision is fp16; wanted no or bf16 on a processor: fp16 is for GPUs")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return device
+
+
+def check_out(out: str | None, usual: str) -> Path:
+    """A folder to be made: the one named, or runs/<usual>-<number>. Raises BadInput where files would be mixed."""
+    folder = Path(out).expanduser() if out else next_folder(Path("runs"), usual)
+    if folder.is_dir() and any(folder.iterdir()):
+        what = "a run" if (folder / "metrics.jsonl").exists() else "files"
+        raise BadInput(f"out is {folder}, which holds {what} already; wanted a new or empty folder")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"out is {folder}, which is a file; wanted a new or empty folder")
+    check_writable(folder)
+    return folder
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput unless something can be written at, or above, a path; nothing is left behind."""
+    home = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    if any(place.is_file() for place in path.absolute().parents):
+        raise BadInput(f"out is {path}, which lies below a file; wanted a place in a folder")
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise BadInput(f"out is {path}, but {home} cannot be written to ({error.strerror})") from error
+
+
+def next_folder(parent: Path, usual: str) -> Path:
+    """parent/usual-1, or the next number that is not taken."""
+    number = 1
+    while (parent / f"{usual}-{number}").exists():
+        number += 1
+    return parent / f"{usual}-{number}"
+
+
+@contextmanager
+def as_bad_input(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Inside, these exceptions become BadInput, their first line the sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except kinds as error:
+        raise BadInput(prefix + one_line(error)) from error
+
+
+# Loading, and one try.
+
+
+def quiet_libraries() -> None:
+    """No notices and no bars of model libraries between the lines of a run."""
+    for library in ("transformers", "diffusers"):
+        logging: Any = importlib.import_module(f"{library}.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="huggingface_hub|transformers|diffusers")
+
+
+def load(name: str, settings: DeviceSettings, device: torch.device) -> LatentPipeline:
+    """The model of that name. Raises BadInput when it cannot be loaded."""
+    quiet_libraries()
+    with as_bad_input(ValueError, OSError, ImportError):
+        return catalog.load_model(name, DTYPES[settings.mixed_precision], device)
+
+
+def set_up(plan: Plan) -> Bench:
+    """Loads the model and the rewards, and tries the rewards and one move of the chain. Raises BadInput."""
+    settings = plan.settings
+    model = load(settings.model, settings, plan.device)
+    with as_bad_input(ValueError, OSError):
+        if settings.full:
+            model.train_full()
+        else:
+            generator = torch.Generator().manual_seed(settings.seed)
+            model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, generator=generator)
+        if settings.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+    reward = build_rewards(plan.rewards, settings.model, model, plan.prompts, plan.device)
+    with as_bad_input(ValueError, TypeError):
+        method = plan.method_settings.build(model, reward, torch.Generator().manual_seed(settings.seed + 1))
+    with as_bad_input(ValueError, TypeError, prefix=f"{plan.method} does not suit the model {settings.model}: "):
+        _try_one_move(method, plan.prompts.text[0])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.method_settings.learning_rate, weight_decay=plan.method_settings.weight_decay
+    )
+    return Bench(model, reward, method, optimizer, _ema(model, settings.ema))
+
+
+def build_rewards(
+    specs: Sequence[RewardSpec], name: str, model: LatentPipeline, prompts: PromptSet, device: torch.device
+) -> Weighted:
+    """The weighted sum, after each reward has scored two pictures of noise. Raises BadInput."""
+    with as_bad_input(RewardError, OSError, ImportError):
+        rewards = [catalog.build_reward(spec, name, device) for spec in specs]
+        with torch.no_grad():
+            shape = model.decode(torch.zeros(1, *model.latent_shape, device=device)).shape[1:]
+        noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        pair = prompts.batch([0, 1 % len(prompts)], 1)
+        weighted = [(try_reward(reward, noise, pair), spec.weight) for reward, spec in zip(rewards, specs, strict=True)]
+        alone = len(weighted) == 1 and weighted[0][1] == 1
+        return Weighted(weighted, name=weighted[0][0].name if alone else None)
+
+
+def try_reward(reward: Reward, noise: torch.Tensor, pair: Prompts) -> Reward:
+    """The reward, after it has scored two pictures; of a user's function it is found out whether it has a gradient."""
+    values = check_scores(reward(noise, pair.text, **pair.columns), len(noise), f"reward '{reward.name}'")
+    if not isinstance(reward, ScoredReward):
+        return reward
+    if bool(values[0] == values[1]):
+        print(
+            f"note: reward '{reward.name}' gives two different pictures of noise the same score, {float(values[0]):g}"
+        )
+    try:
+        return reward.probed(noise, pair.text, **pair.columns)
+    except RewardError:  # it takes pictures, but not ones that ask for a gradient
+        return reward
+
+
+@torch.no_grad()
+def _try_one_move(method: Any, prompt: str) -> None:
+    """Kernels say at their first move that a model is not of their kind."""
+    policy, generator = getattr(method, "policy", None), torch.Generator().manual_seed(0)
+    if policy is not None:
+        next(iter(policy.chain(policy.noise(1, generator), policy.model.encode([prompt]), generator)))
+
+
+def _ema(model: LatentPipeline, decay: float) -> Ema | None:
+    from tropism.ema import Ema
+
+    return Ema(model.parameters(), decay) if decay else None

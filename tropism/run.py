@@ -1,0 +1,252 @@
+"""One training run, from a checked plan to a folder: evaluation, steps, checkpoints, pictures, and what goes wrong.
+
+The folder is made when the first evaluation has passed, and removed again when not even one step could be finished.
+After that whatever was good is kept: the metrics, the checkpoints, and the adapter as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from safetensors import SafetensorError
+
+from tropism import card, pictures
+from tropism.checkpoint import checkpoints, save_checkpoint
+from tropism.config import BadInput, RunFailed, one_line, save_config
+from tropism.data.prompts import batches
+from tropism.ema import Ema
+from tropism.evaluate import Evaluation, deterministic, evaluate, first_images, interval, paired_gain
+from tropism.log import Lines, Progress, reason, start_trackers
+from tropism.plan import Bench, Plan, as_bad_input, set_up
+from tropism.report import Outcome, compared
+from tropism.rewards import RewardError
+from tropism.train import NothingToLearn, Step, train
+
+FLAT_STEPS = 3  # steps in a row without anything to learn from, after which a run stops
+SHOWN = 16  # images of a sample grid
+
+
+class Interrupted(RunFailed):
+    """The user stopped the run."""
+
+
+def execute(plan: Plan) -> Outcome:
+    """The whole run. Raises BadInput before there is a folder, RunFailed afterwards."""
+    settings, method = plan.settings, plan.method_settings
+    print(f"{plan.method} on {settings.model}, reward {' '.join(settings.reward)}; loading")
+    bench = set_up(plan)
+    trained = sum(parameter.numel() for parameter in bench.model.parameters())
+    print(
+        f"{settings.steps} steps of {method.prompts_per_step} prompts x {method.images_per_prompt} images, "
+        f"{trained:,} trained parameters on {plan.device}; evaluating {settings.eval_images} images before the start"
+    )
+    run = Run(plan, bench)
+    try:
+        run.begin()
+        run.learn()
+        return run.finish()
+    except BadInput:
+        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted(run.abort("stopped by the keyboard", error)) from error
+    except (RunFailed, RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
+        raise RunFailed(run.abort(reason(error, plan.out), error)) from error
+    except Exception as error:
+        print(run.abort("this is a mistake in tropism or in what it calls", error))
+        raise
+    finally:
+        run.progress.close()
+
+
+class Run:
+    """The state of a run between its steps."""
+
+    def __init__(self, plan: Plan, bench: Bench) -> None:
+        self.plan, self.bench, self.settings, self.out = plan, bench, plan.settings, plan.out
+        self.method = bench.method if bench.ema is None else Averaged(bench.method, bench.ema)
+        self.eval_prompts = first_images(plan.eval_prompts, self.settings.eval_images)
+        self.lines, self.rows = Lines(self.out / "metrics.jsonl"), list[dict[str, Any]]()
+        self.progress = Progress(self.settings.steps)
+        self.at = self.finished = self.flat = self.images = 0  # at: the last step that was finished or skipped
+        self.started = time.perf_counter()
+        self._accelerator: Accelerator | None = None
+        self._new_folders: list[Path] = []
+
+    # The beginning.
+
+    def begin(self) -> None:
+        """The first evaluation, then the folder. Raises BadInput, without a folder, when a reward fails there."""
+        with as_bad_input(RewardError):
+            self.before = self.after = self._evaluate()
+        self.started = time.perf_counter()
+        self._new_folders = [path for path in (self.out, *self.out.parents) if not path.exists()]
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_config(self.out / "config.yaml", self.plan.method, self.settings, self.plan.method_settings)
+        self._accelerator = Accelerator(
+            cpu=self.plan.device.type == "cpu",
+            log_with=list(self.plan.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(self.out), logging_dir=str(self.out / "trackers")),
+        )
+        if self.plan.trackers:
+            start_trackers(self._accelerator, asdict(self.settings) | asdict(self.plan.method_settings))
+        self._record({"step": 0, **self._eval_row()})
+
+    def learn(self) -> None:
+        """Trains to the end; goes on after a step without anything to learn from."""
+        policy, settings = self.plan.method_settings, self.settings
+        while self.at < settings.steps:
+            prompts = batches(
+                self.plan.prompts, policy.prompts_per_step, policy.images_per_prompt, settings.seed, self.at
+            )
+            try:
+                train(
+                    self.method,
+                    prompts,
+                    self.bench.optimizer,
+                    steps=settings.steps,
+                    first=self.at,
+                    max_norm=policy.max_grad_norm,
+                    hooks=[self._on_step],
+                    accelerator=self._accelerator,
+                )
+            except NothingToLearn as error:
+                self._skip(error)
+
+    # A step.
+
+    def _on_step(self, step: Step) -> None:
+        self.at, self.finished, self.images = step.step, self.finished + 1, self.images + step.images
+        speed = step.images / max(step.seconds, 1e-9)
+        metrics = {"images": self.images, "images_per_second": speed, **step.metrics}
+        std, rows = step.metrics.get("reward_std", math.nan), min(step.images, self.plan.method_settings.minibatch)
+        self._check_flat(std == 0 and rows > 1, f"step {step.step}: every image got the same reward")
+        self._after(metrics)
+        self.progress.step(step.step, step.metrics.get("reward_mean", math.nan), std, speed)
+
+    def _skip(self, error: NothingToLearn) -> None:
+        self.at += 1
+        self.bench.optimizer.zero_grad(set_to_none=True)
+        self._check_flat(True, one_line(error))
+        self._after({"skipped": 1.0})
+
+    def _check_flat(self, flat: bool, said: str) -> None:
+        """A warning the first time; RunFailed when it is no accident."""
+        self.flat = self.flat + 1 if flat else 0
+        if self.flat:
+            self.progress.say(f"warning: {said}")
+        if self.flat == FLAT_STEPS:
+            raise RunFailed(
+                f"reward '{self.bench.reward.name}' has told no image from another for {FLAT_STEPS} steps in a row, so "
+                "there is nothing to learn from: it is at its limit, or does not see what differs"
+            )
+
+    def _after(self, metrics: Mapping[str, float]) -> None:
+        """Evaluates where that is due, writes the step down, saves where that is due."""
+        row = {"step": self.at, "seconds": round(time.perf_counter() - self.started, 3), **metrics}
+        every, last = self.settings.eval_every, self.at == self.settings.steps
+        try:
+            if last or (every and self.at % every == 0):
+                self.after = self._evaluate()
+                row |= self._eval_row()
+        finally:
+            self._record(row)
+        if self.settings.save_every and self.at % self.settings.save_every == 0:
+            bench, folder = self.bench, self.out / "checkpoints"
+            save_checkpoint(folder, self.at, bench.model, bench.optimizer, bench.method, bench.ema)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.lines.append(row)
+        self.rows.append(row)
+        if self.plan.trackers and self._accelerator is not None:
+            self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if "eval_reward" in row:
+            images, text, total = self.after.images[:SHOWN], self.after.text[:SHOWN], self.after.total[:SHOWN].tolist()
+            notes = [f"reward {pictures.number(value)}" for value in total]
+            sheet = pictures.grid(images, text, notes, f"step {self.at}: mean reward {row['eval_reward']:.3f}")
+            pictures.save(sheet, self.out / "samples" / f"step-{self.at:06}.png")
+
+    def _evaluate(self) -> Evaluation:
+        model = self.bench.model
+        policy = deterministic(model, model.steps, None, self.plan.method_settings.sample_batch)
+        with self._averaged():
+            return evaluate(policy, self.bench.reward, self.eval_prompts, self.settings.eval_seed)
+
+    def _eval_row(self) -> dict[str, float]:
+        total, gain = interval(self.after.total), paired_gain(self.before.total, self.after.total)
+        self.progress.held_out = total.mean
+        row = {"eval_reward": total.mean, "eval_reward_low": total.low, "eval_reward_high": total.high}
+        row |= {f"eval_{name}": interval(values).mean for name, values in self.after.parts.items()}
+        if self.at:
+            row |= {"eval_gain": gain.mean, "eval_gain_low": gain.low, "eval_gain_high": gain.high}
+            row |= {"eval_win_rate": gain.win_rate, "eval_missing": float(gain.dropped)}
+        return row
+
+    def _averaged(self) -> Any:
+        return nullcontext() if self.bench.ema is None else self.bench.ema.swapped()
+
+    # The end.
+
+    def finish(self) -> Outcome:
+        """Saves the adapter, the pictures and the model card."""
+        seconds = time.perf_counter() - self.started
+        outcome = Outcome(self.out, self.before, self.after, seconds, self.images)
+        self._save_adapter()
+        self._save_curve()
+        sheet = compared(outcome, self.bench.reward.name, f"{self.plan.method}, {self.settings.steps} steps")
+        pictures.save(sheet, self.out / "before_after.png")
+        (self.out / "README.md").write_text(card.render(self.plan, self.bench.model, outcome), encoding="utf-8")
+        if self._accelerator is not None and self.plan.trackers:
+            self._accelerator.end_training()
+        return outcome
+
+    def _save_adapter(self) -> Path:
+        with self._averaged():
+            return self.bench.model.save_adapter(self.out / "adapter")
+
+    def _save_curve(self) -> None:
+        figure = pictures.curve(self.rows, f"{self.plan.method} on {self.settings.model}", self.bench.reward.name)
+        pictures.save(figure, self.out / "curve.png")
+
+    def abort(self, why: str, error: BaseException) -> str:
+        """Saves what can be saved, or removes the folder of a run that finished no step; returns the whole sentence."""
+        if not self.finished:
+            self._remove_folder()
+            return f"{why}; no step had finished, so nothing is kept"
+        with suppress(OSError):
+            trace = "".join(traceback.format_exception(error))
+            (self.out / "error.txt").write_text(trace, encoding="utf-8")
+        with suppress(OSError, SafetensorError):
+            self._save_curve()
+            if all(bool(torch.isfinite(parameter).all()) for parameter in self.bench.model.parameters()):
+                self._save_adapter()
+        kept = [path for path in (*checkpoints(self.out / "checkpoints")[-1:], self.out / "adapter") if path.exists()]
+        saved = f"; the weights are in {' and '.join(map(str, kept))}" if kept else "; no weights could be saved"
+        return f"{why}, after {self.at} of {self.settings.steps} steps{saved}; the metrics are in {self.lines.file}"
+
+    def _remove_folder(self) -> None:
+        for path in self._new_folders:
+            with suppress(OSError):
+                shutil.rmtree(path) if path == self.out else path.rmdir()
+
+
+class Averaged:
+    """A method whose every update also moves an average of the weights."""
+
+    def __init__(self, method: Any, ema: Ema) -> None:
+        self.experience, self.loss, self._method, self._ema = method.experience, method.loss, method, ema
+
+    def after_step(self) -> None:
+        """The method's own, then the average."""
+        self._method.after_step()
+        self._ema.update()
