@@ -1,6 +1,6 @@
 # make demo    train a small model on this machine and see what changed (README)
 # make test    the tests
-# make check   formatting, lint, types, import rules, docs
+# make check   lint and format, types, import rules, docs; make -k check goes on after the first that fails
 # make docs    the documentation as pages in site/
 # make clean   remove the environment, caches and what was built
 #
@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check docs clean
+.PHONY: demo test check lint types imports pages docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tropism demo $(DEMO_FLAGS)
@@ -31,11 +31,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-check: $(VENV)/.installed-docs
+check: lint types imports pages
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
+
+pages: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 docs: $(VENV)/.installed-docs

@@ -102,6 +102,8 @@ def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
 
     match = SCENES_PROMPTS.fullmatch(name)
     try:
+        if match is None and name.startswith("scenes") and not Path(name).suffix:
+            raise ValueError("wanted scenes or scenes-held-out, then -single, -count or -pair, then :N, or a file")
         if match is None or Path(name).is_file():
             return read_prompts(name)
         kinds = (match["kind"],) if match["kind"] else KINDS

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import difflib
 import inspect
 import textwrap
@@ -182,7 +183,9 @@ def checked(parser: ArgumentParser, known: Mapping[str, Setting], entries: Mappi
             values[name] = value
             continue
         try:
-            values[name] = parser.parse_object({name: value})[name]
+            values[name] = parser.parse_object({name: copy.copy(value)})[name]
+            if value is None and type(None) not in typing.get_args(setting.kind):
+                raise TypeError("it has no value")
             if setting.pair and len(values[name]) != setting.pair:
                 raise ValueError(f"{len(values[name])} values")
         except (ArgumentError, TypeError, ValueError) as error:

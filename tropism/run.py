@@ -83,8 +83,6 @@ class Run:
         self._accelerator: Accelerator | None = None
         self._new_folders: list[Path] = []
 
-    # The beginning.
-
     def begin(self) -> None:
         """The first evaluation, then the folder. Raises BadInput, without a folder, when a reward fails there."""
         with as_bad_input(RewardError):
@@ -122,8 +120,6 @@ class Run:
                 )
             except NothingToLearn as error:
                 self._skip(error)
-
-    # A step.
 
     def _on_step(self, step: Step) -> None:
         self.at, self.finished, self.images = step.step, self.finished + 1, self.images + step.images
@@ -194,8 +190,6 @@ class Run:
 
     def _averaged(self) -> Any:
         return nullcontext() if self.bench.ema is None else self.bench.ema.swapped()
-
-    # The end.
 
     def finish(self) -> Outcome:
         """Saves the adapter, the pictures and the model card."""

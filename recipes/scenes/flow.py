@@ -1,4 +1,4 @@
-"""Train the Stable-Diffusion-3-shaped pipeline of scenes: a small MM-DiT and its two CLIP text encoders, by flow matching.
+"""Train the Stable-Diffusion-3-shaped pipeline of scenes by flow matching: a small MM-DiT and two CLIP text encoders.
 
 Times are logit-normal (Esser et al. 2024, 2403.03206). A plain ``from_pretrained`` needs a third text encoder; this one
 is a T5 whose last norm is zero, so that it says nothing. Its 256 equal tokens have no positions, hence stay equal

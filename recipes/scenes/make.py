@@ -24,11 +24,14 @@ DEFAULTS = {"sd": {"guidance_scale": 3.0, "steps": 20}, "flow": {"guidance_scale
 def stages(work: Path) -> list[tuple[Path, list[str]]]:
     """(what a stage makes, its command), in order."""
     vae, latents = work / "vae" / "final", work / "latents.safetensors"
-    data = ["--latents", str(latents), "--vae", str(vae), "--compile"]
+    data = ["--latents", str(latents), "--vae", str(vae)]
     return [
         (vae / "config.json", ["vae.py", "--out", str(work / "vae"), "--steps", "3000"]),
         (latents, ["latents.py", "--vae", str(vae), "--out", str(latents)]),
-        (work / "sd/pipeline/model_index.json", ["sd.py", "--out", str(work / "sd"), "--steps", "3900", *data]),
+        (
+            work / "sd/pipeline/model_index.json",
+            ["sd.py", "--out", str(work / "sd"), "--steps", "3900", "--compile", *data],
+        ),
         (work / "flow/pipeline/model_index.json", ["flow.py", "--out", str(work / "flow"), "--steps", "3500", *data]),
         (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
     ]

@@ -28,7 +28,7 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = list(string.ascii_lowercase + string.digits + ",.-")
     trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([" ".join(words())] + letters, trainer)
+    bpe.train_from_iterator([" ".join(words()), *letters], trainer)
     state = json.loads(bpe.to_str())["model"]
     merges = [" ".join(m) if isinstance(m, list) else m for m in state["merges"]]
     tokens = letters + [letter + "</w>" for letter in letters]
