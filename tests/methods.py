@@ -58,27 +58,28 @@ def _settings(kind: type[MethodSettings], **changes: Any) -> MethodSettings:
     return kind(**(common | changes))
 
 
-# Sampling for RAFT and RWR is unguided: fitting guided samples and guiding the fit again counts the guidance twice, and
-# RWR then falls from -0.37 to -1.6.
+# RAFT and RWR fit what they sample. Fitting guided samples and guiding the fit again counts the guidance twice: with
+# the default guidance and this little data both end below their start (RWR at -0.45 to -1.06), so they sample unguided.
 UNGUIDED = dict(guidance_scale=1.0, learning_rate=3e-4)
 DIFFEXP = dict(explore_guidance=1.0, explore_until=0.5, explore_weights=(0.8, 1.2), explore_probability=0.5)
 
+# Beside each row: the worst of six seeds (0 to 5; the test runs seed 0). The floors leave it about as much room again.
 ROWS = [
-    Row("ddpo", _settings(ddpo.Settings), floor=-0.1),
-    Row("ddpo_sf", _settings(ddpo.Settings, clip=0.0, updates=1), floor=-0.1),
-    Row("ddpo_kl", _settings(ddpo.Settings, kl_weight=0.01), floor=-0.1),
-    Row("ddpo_diffexp", _settings(ddpo.Settings, **DIFFEXP), floor=-0.15),
-    Row("flow_grpo", _settings(flow_grpo.Settings), floor=-0.1, target="flow"),
-    Row("dance_grpo_flow", _settings(dance_grpo.Settings), floor=-0.1, target="flow"),
-    Row("dance_grpo_eps", _settings(dance_grpo.Settings), floor=-0.1),
-    Row("alignprop", _settings(alignprop.Settings), floor=-0.1),
-    Row("alignprop_flow", _settings(alignprop.Settings), floor=-0.1, target="flow"),
-    Row("draft_1", _settings(draft.Settings), floor=-0.1),
-    Row("draft_3_kl", _settings(draft.Settings, k=3, kl_weight=0.1), floor=-0.1),
-    Row("draft_lv", _settings(draft.Settings, repeats=2), floor=-0.1),
-    Row("refl", _settings(refl.Settings), floor=-0.1),
-    Row("raft", _settings(raft.Settings, **UNGUIDED), floor=-0.1),
-    Row("rwr", _settings(rwr.Settings, **UNGUIDED, beta=0.05), floor=-0.2, steps=30),
+    Row("ddpo", _settings(ddpo.Settings), floor=-0.1),  # -0.051
+    Row("ddpo_sf", _settings(ddpo.Settings, clip=0.0, updates=1), floor=-0.08),  # -0.038
+    Row("ddpo_kl", _settings(ddpo.Settings, kl_weight=0.01), floor=-0.08),  # -0.043
+    Row("ddpo_diffexp", _settings(ddpo.Settings, **DIFFEXP), floor=-0.08, steps=30),  # -0.040
+    Row("flow_grpo", _settings(flow_grpo.Settings), floor=-0.03, target="flow"),  # -0.015
+    Row("dance_grpo_flow", _settings(dance_grpo.Settings), floor=-0.04, target="flow"),  # -0.019
+    Row("dance_grpo_eps", _settings(dance_grpo.Settings), floor=-0.06),  # -0.032
+    Row("alignprop", _settings(alignprop.Settings), floor=-0.04),  # -0.019
+    Row("alignprop_flow", _settings(alignprop.Settings), floor=-0.03, target="flow"),  # -0.014
+    Row("draft_1", _settings(draft.Settings), floor=-0.03),  # -0.011
+    Row("draft_3_kl", _settings(draft.Settings, k=3, kl_weight=0.1), floor=-0.03),  # -0.011
+    Row("draft_lv", _settings(draft.Settings, repeats=2), floor=-0.03),  # -0.012
+    Row("refl", _settings(refl.Settings), floor=-0.1),  # -0.047
+    Row("raft", _settings(raft.Settings, **UNGUIDED), floor=-0.1),  # -0.053
+    Row("rwr", _settings(rwr.Settings, **UNGUIDED, beta=0.05, images_per_prompt=16), floor=-0.14, steps=40),  # -0.069
 ]
 
 TANGENT = torch.stack([-MODES[:, 1], MODES[:, 0]], dim=1) / MODES.norm(dim=1, keepdim=True)
@@ -138,7 +139,7 @@ def fit(
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     hooks: Sequence[Hook] = (),
 ) -> Any:
-    """Trains the toy for ``steps`` batches; by AdamW at the row's settings unless told otherwise. Returns the method."""
+    """Trains the toy for ``steps`` batches, by AdamW at the row's settings unless told otherwise; the method used."""
     settings = row.settings
     method = row.build(model, reward, torch.Generator().manual_seed(seed))
     adamw = functools.partial(torch.optim.AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay)

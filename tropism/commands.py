@@ -115,6 +115,8 @@ def _adapter(name: str) -> Path:
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if not folder.is_dir():
         raise BadInput(f"adapter is {name}, but there is no such folder; wanted a run, its adapter, or a checkpoint")
+    if (folder / "model_index.json").is_file():
+        raise BadInput(f"adapter is {name}, which is a whole pipeline; give it as model")
     return folder
 
 

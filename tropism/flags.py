@@ -245,7 +245,5 @@ def _one(words: Sequence[str], name: str) -> str:
 
 def _close(name: str, known: Sequence[str], dashes: str = "") -> str:
     """What was perhaps meant."""
-    likely = difflib.get_close_matches(name, known, 1, 0.6)
-    if not likely:
-        return "; --help lists them"
-    return f"; did you mean {dashes}{likely[0].replace('_', '-') if dashes else likely[0]}?"
+    likely = [each.replace("_", "-") if dashes else each for each in difflib.get_close_matches(name, known, 1, 0.6)]
+    return f"; did you mean {dashes}{likely[0]}?" if likely else "; --help lists them"

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class Lines:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(plain) + "\n")
         except OSError:
-            if self.file.exists():
+            with suppress(OSError):
                 os.truncate(self.file, size)
             raise
 
@@ -67,7 +68,7 @@ class Progress:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.held_out = math.nan
+        self.evaluated = math.nan
         self._started = time.perf_counter()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -77,9 +78,9 @@ class Progress:
 
     def step(self, number: int, reward: float, std: float, images_per_second: float) -> None:
         """Shows a finished step."""
-        facts = {"reward": f"{reward:.3f}", "held-out": f"{self.held_out:.3f}", "images/s": f"{images_per_second:.1f}"}
-        if math.isnan(self.held_out):
-            del facts["held-out"]
+        facts = {"reward": f"{reward:.3f}", "eval": f"{self.evaluated:.3f}", "images/s": f"{images_per_second:.1f}"}
+        if math.isnan(self.evaluated):
+            del facts["eval"]
         if self._bar is not None:
             self._bar.set_postfix(facts, refresh=False)
             self._bar.update(number - self._bar.n)

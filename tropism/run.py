@@ -180,7 +180,7 @@ class Run:
 
     def _eval_row(self) -> dict[str, float]:
         total, gain = interval(self.after.total), paired_gain(self.before.total, self.after.total)
-        self.progress.held_out = total.mean
+        self.progress.evaluated = total.mean
         row = {"eval_reward": total.mean, "eval_reward_low": total.low, "eval_reward_high": total.high}
         row |= {f"eval_{name}": interval(values).mean for name, values in self.after.parts.items()}
         if self.at:
@@ -221,10 +221,11 @@ class Run:
             trace = "".join(traceback.format_exception(error))
             (self.out / "error.txt").write_text(trace, encoding="utf-8")
         with suppress(OSError, SafetensorError):
-            self._save_curve()
             if all(bool(torch.isfinite(parameter).all()) for parameter in self.bench.model.parameters()):
                 self._save_adapter()
-        kept = [path for path in (*checkpoints(self.out / "checkpoints")[-1:], self.out / "adapter") if path.exists()]
+            self._save_curve()
+        places = (*checkpoints(self.out / "checkpoints")[-1:], self.out / "adapter")
+        kept = [path for path in places if any(path.rglob("*.safetensors"))]
         saved = f"; the weights are in {' and '.join(map(str, kept))}" if kept else "; no weights could be saved"
         return f"{why}, after {self.at} of {self.settings.steps} steps{saved}; the metrics are in {self.lines.file}"
 

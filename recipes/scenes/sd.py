@@ -1,6 +1,6 @@
 """Train the Stable-Diffusion-shaped pipeline of scenes: UNet and CLIP text encoder together, on cached latents.
 
-v-prediction on Stable Diffusion's scaled-linear table, captions dropped one time in ten for classifier-free guidance.
+v-prediction on a scaled-linear table, captions dropped one time in ten for classifier-free guidance.
 Matrices are stepped by Muon, everything else by AdamW; the network runs in bf16 over float32 master weights.
 
     python recipes/scenes/sd.py --latents ~/scenes-weights/latents.safetensors --vae ~/scenes-weights/vae/final \
@@ -23,16 +23,20 @@ WIDTH = 128  # of the text encoder
 
 
 def scheduler() -> DDIMScheduler:
+    """Stable Diffusion's table with a longer tail, walked from its last entry.
+
+    At Stable Diffusion's own beta_end (0.012) the noisiest entry has SNR 0.0047: over 512 dimensions that shows the
+    network how many objects there are, which pure noise then fakes when sampling. At 0.02 the SNR is 0.0002.
+    """
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
-        beta_end=0.012,
+        beta_end=0.02,
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
+        timestep_spacing="trailing",
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tropism.base import Cond
 from tropism.denoisers import NetDenoiser
 from tropism.models.adapters import Full, Lora, Trained, lora_config, read_lora
+from tropism.models.onednn import twin, twin_pays
 from tropism.models.phrases import token_phrases
 
 CACHE_BYTES = 256 * 2**20
@@ -27,6 +28,10 @@ class LatentPipeline(ABC):
     ever) and frozen; ``add_lora`` or ``train_full`` then says what is trained. ``guidance_scale`` and ``steps`` are the
     defaults of the pipeline unless given. ``image_size`` is height and width in pixels, its own unless given, in
     multiples of what one latent cell (or patch) covers. Device and dtype are chosen before, on the pipeline.
+
+    In float32 on a CPU with AVX-512 the denoiser is a twin of the network (see ``models.onednn``) unless ``onednn`` is
+    False: same tensors, results equal up to rounding, first-order gradients only. It is made at the first call, and
+    attention processors that the network gets later are not in it.
     """
 
     part: ClassVar[str]  # what denoises: "unet" or "transformer"
@@ -43,15 +48,18 @@ class LatentPipeline(ABC):
         steps: int | None = None,
         negative_prompt: str = "",
         image_size: tuple[int, int] | None = None,
+        onednn: bool = True,
     ) -> None:
         self.check(pipe)
         self.pipe = pipe
+        self.onednn = onednn
         self.steps = self.default_steps if steps is None else steps
         self.negative_prompt = negative_prompt
         self._guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
         self._trained: Trained | None = None
         self._rows: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._net: Any = getattr(pipe, self.part)
+        self._twins: dict[nn.Module, nn.Module] = {}
         self._dtype = next(self._net.parameters()).dtype
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
@@ -111,10 +119,19 @@ class LatentPipeline(ABC):
     def net(self, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
         """x (B, C, h, w), tau (B,) -> the network's raw output (B, C, h, w), float32, as trained so far."""
         trained = self._trained
-        net, dtype = (self._net, self._dtype) if trained is None else (trained.module, trained.dtype)
+        dtype = self._dtype if trained is None else trained.dtype
         rows = {name: value.to(dtype) for name, value in cond.items()}
         with nullcontext() if trained is None else trained.precision():
-            return self._predict(net, x.to(dtype), tau, rows).float()
+            return self._predict(self._network(), x.to(dtype), tau, rows).float()
+
+    def _network(self) -> nn.Module:
+        """What is called: the network with its adapter, or the twin of that."""
+        net: nn.Module = self._net if self._trained is None else self._trained.module
+        if not self.onednn or torch.is_autocast_enabled("cpu"):
+            return net
+        if net not in self._twins:
+            self._twins[net] = twin(net) if twin_pays(net) else net
+        return self._twins[net]
 
     def phrases(self, prompts: Sequence[str]) -> Tensor:
         """(B, L) int64: the phrase of each token of cond["prompt_embeds"], -1 for none (start, end, padding, T5's)."""
@@ -198,7 +215,7 @@ class LatentPipeline(ABC):
             )
 
     def _train(self, trained: Trained) -> None:
-        self._trained = trained
+        self._trained, self._twins = trained, {}
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained ones, float32; none before ``add_lora`` or ``train_full``."""
@@ -228,6 +245,7 @@ class LatentPipeline(ABC):
     def enable_gradient_checkpointing(self) -> None:
         """Trades time for memory in the denoising network and the image decoder wherever a graph is kept."""
         self._net.enable_gradient_checkpointing()
+        self._twins = {}
         self.pipe.vae.enable_gradient_checkpointing()
 
 

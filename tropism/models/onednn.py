@@ -1,13 +1,13 @@
-"""A twin of a network that computes the same in less time on a CPU: float32, frozen weights, LoRA or no adapter.
+"""A twin of a network that computes the same in less time on a CPU, in float32, with or without a LoRA.
 
-The twin is a copy of the module tree in which every tensor is shared and nothing of the original is touched. In it
+The twin is a copy of the module tree that shares every tensor; nothing of the original is touched. In it
 
 - linear layers are oneDNN's matrix products, the library that already does torch's convolutions. torch gives float32
   linear layers to MKL, which takes its AVX2 path on a processor that is not Intel's, at half the speed of AVX-512;
 - a LoRA is folded: x (W + s B A)^T is one product and keeps only x for the backward pass, where PEFT makes two thin
   products more and passes over the output twice;
-- the feed-forward gate keeps its two halves apart, so that without a graph GELU and the product with it happen inside
-  the matrix products, and with one GELU is computed again in the backward pass instead of being kept.
+- a frozen feed-forward gate keeps its two halves apart, so that without a graph GELU and the product with it happen
+  inside the matrix products, and with one GELU is computed again in the backward pass instead of being kept.
 
 Results differ from the original's by float32 rounding. Backward passes are first-order only, and there is no
 forward-mode derivative: use the original network for those.
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def pays(net: nn.Module) -> bool:
+def twin_pays(net: nn.Module) -> bool:
     """Whether a twin of ``net`` is faster here: float32 on an AVX-512 processor, with oneDNN in this torch."""
     first = next(net.parameters())
     return (
@@ -39,21 +39,18 @@ def pays(net: nn.Module) -> bool:
 
 
 def twin(net: nn.Module) -> nn.Module:
-    """The twin of ``net``. Later changes of its tensors are seen, later changes of its modules are not."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
-    copied = copy.deepcopy(net, shared)
-    _replace(copied, net)
+    """The twin of ``net``. Tensors and hooks are shared, now and later; flags and processors are those of now."""
+    copied = copy.copy(net)
+    copied._modules = {name: None if child is None else _twin_of(child) for name, child in net._modules.items()}
     return copied
 
 
-def _replace(copied: nn.Module, original: nn.Module) -> None:
-    for name, child in original.named_children():
-        if isinstance(child, nn.Linear | LoraLayer) and _linear_of(child) is not None:
-            setattr(copied, name, Linear(child))
-        elif isinstance(child, GEGLU) and type(child.proj) is nn.Linear:
-            setattr(copied, name, Gate(child.proj))
-        else:
-            _replace(getattr(copied, name), child)
+def _twin_of(child: nn.Module) -> nn.Module:
+    if isinstance(child, nn.Linear | LoraLayer) and _linear_of(child) is not None:
+        return Linear(child)
+    if isinstance(child, GEGLU) and type(child.proj) is nn.Linear:
+        return Gate(child.proj)
+    return twin(child)
 
 
 def _linear_of(layer: nn.Module) -> nn.Linear | None:
@@ -72,16 +69,16 @@ def _linear_of(layer: nn.Module) -> nn.Linear | None:
 class Linear(nn.Module):
     """A linear layer, or one with a LoRA, of the original network, which is read at every call."""
 
-    def __init__(self, layer: nn.Linear | LoraLayer) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._layer = (layer,)  # in a tuple: not a submodule, its parameters are the original's
+        self._layer: tuple[Any] = (layer,)  # in a tuple: not a submodule, its parameters are the original's
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out)."""
-        layer: Any = self._layer[0]
+        layer = self._layer[0]
         if not isinstance(layer, LoraLayer):
             return linear(x, layer.weight, layer.bias)
-        base = layer.base_layer
+        base: Any = layer.base_layer
         if layer.disable_adapters or layer.merged:
             return linear(x, base.weight, base.bias)
         (name,) = layer.lora_A
@@ -91,7 +88,7 @@ class Linear(nn.Module):
 
 
 class Gate(nn.Module):
-    """GEGLU: (x W^T) GELU(x V^T), with W above V in one frozen layer of the original network."""
+    """GEGLU: (x W^T) GELU(x V^T), with W above V in one layer of the original network."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -100,13 +97,16 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out / 2)."""
         layer = self._layer[0]
+        if layer.weight.requires_grad:
+            value_weight, gate_weight, value_bias, gate_bias = _halves(layer.weight, layer.bias)
+            return linear(x, value_weight, value_bias) * F.gelu(linear(x, gate_weight, gate_bias))
         answer: Tensor = _Gate.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
         return answer
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias for a frozen weight: x (..., in), weight (out, in), bias (out,)."""
-    answer: Tensor = _Frozen.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    """x W^T + bias: x (..., in), weight (out, in), bias (out,)."""
+    answer: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return answer
 
 
@@ -122,30 +122,41 @@ def _product_with(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None,
     return answer
 
 
+def _halves(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Rows of the value, rows of the gate, and their biases."""
+    value_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
+    value, gate = weight.chunk(2)
+    return value, gate, value_bias, gate_bias
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-class _Frozen(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
         return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return _product(grads[0], weight.t()), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        weight, x = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        above = _rows(grads[0])
+        return (
+            _product(grads[0], weight.t()) if for_x else None,
+            _product(above.t(), _rows(x).t()) if for_weight else None,
+            above.sum(0) if for_bias else None,
+        )
 
 
 class _Lora(torch.autograd.Function):
     """x (W + s B A)^T + bias with gradients for x, A (rank, in) and B (out, rank)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
         return _product(x, torch.addmm(weight, b, a, alpha=scale), bias)
@@ -166,8 +177,7 @@ class _Lora(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        value_weight, gate_weight = weight.chunk(2)
-        value_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
+        value_weight, gate_weight, value_bias, gate_bias = _halves(weight, bias)
         if not ctx.needs_input_grad[0]:
             gate = _product(x, gate_weight, gate_bias, "gelu")
             return _product_with(x, gate, value_weight, value_bias, "mul")
@@ -179,7 +189,7 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         value, gate, weight = ctx.saved_tensors
-        value_weight, gate_weight = weight.chunk(2)
+        value_weight, gate_weight, _, _ = _halves(weight, None)
         grad_value = F.gelu(gate).mul_(grads[0])
         grad_gate = torch.ops.aten.gelu_backward(value * grads[0], gate)
         through_gate = _product(grad_gate, gate_weight.t())

@@ -35,6 +35,7 @@ def load_pipeline(
     steps: int | None = None,
     negative_prompt: str = "",
     image_size: tuple[int, int] | None = None,
+    onednn: bool = True,
     **from_pretrained: Any,
 ) -> LatentPipeline:
     """A pipeline from a local folder (as ``pipe.save_pretrained`` writes it) or, when there is none, a hub name.
@@ -67,6 +68,7 @@ def load_pipeline(
         steps=int(defaults["steps"]) if steps is None and "steps" in defaults else steps,
         negative_prompt=negative_prompt,
         image_size=image_size,
+        onednn=onednn,
     )
 
 
@@ -77,11 +79,17 @@ def wrap_pipeline(
     steps: int | None = None,
     negative_prompt: str = "",
     image_size: tuple[int, int] | None = None,
+    onednn: bool = True,
 ) -> LatentPipeline:
     """The same for a pipeline that is loaded already; it becomes ``.pipe``. Raises ValueError for an unknown family."""
     kind = FAMILIES[_family(type(pipe).__name__, "this pipeline")]
     return kind(
-        pipe, guidance_scale=guidance_scale, steps=steps, negative_prompt=negative_prompt, image_size=image_size
+        pipe,
+        guidance_scale=guidance_scale,
+        steps=steps,
+        negative_prompt=negative_prompt,
+        image_size=image_size,
+        onednn=onednn,
     )
 
 
