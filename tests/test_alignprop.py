@@ -17,7 +17,7 @@ from tropism.methods.alignprop import AlignProp, NoGradient
 from tropism.models.toy import GaussianPolicy
 from tropism.policy import Policy
 from tropism.randomness import row_generators
-from tropism.rewards.callables import CallableReward
+from tropism.rewards.callables import as_reward
 from tropism.samplers import DDIM, EulerODE
 from tropism.schedules import ddpm_table
 from tropism.train import train
@@ -124,6 +124,28 @@ class Seen(Off):
         return super().__call__(samples, prompts, **columns)
 
 
+class Line:
+    """The reward direction . x."""
+
+    name = "line"
+    differentiable = True
+    direction = torch.tensor([1.0, -2.0])
+
+    def __call__(self, samples, prompts, **columns):
+        return samples @ self.direction
+
+
+class SeenLine(Line):
+    """Remembers what it was asked about."""
+
+    def __init__(self):
+        self.samples = []
+
+    def __call__(self, samples, prompts, **columns):
+        self.samples.append(samples)
+        return super().__call__(samples, prompts)
+
+
 def test_refl_rewards_the_x0_that_is_predicted_at_its_move():
     model, reward = toy(double=True), Seen()
     method = method_on(model, OneStep(0.5, 0.51), reward, eta=0.0)
@@ -157,18 +179,14 @@ def test_low_variance_scores_once_and_once_more_for_each_repeat(repeats):
 
 
 def test_low_variance_repeats_the_last_move_of_the_very_chain():
-    """From the level before the end to where the chain ends: on a schedule that ends noisy (as Stable Diffusion's), the
-    repeats end as noisy as the sample itself. A model that knows x0 leaves no other spread."""
+    """On a schedule that ends noisy, as Stable Diffusion's, the repeats end as noisy as the sample itself. A model that
+    knows x0 leaves no other spread than that of the level it ends at."""
     schedule = ddpm_table(1000, 0.00085, 0.012, "scaled_linear", set_alpha_to_one=False)
-    left = float(schedule.sigma(torch.zeros(1)))
-    model, reward = GaussianPolicy(["here"], torch.zeros(1, 2), std=1e-4, schedule=schedule), Seen()
-
-    class Model(GaussianPolicy):
-        pass
-
+    model, reward = GaussianPolicy(["here"], torch.zeros(1, 2), std=1e-4, schedule=schedule), SeenLine()
     method = AlignProp(Policy(model, DDIM(0.0), STEPS), reward, LowVariance(2), minibatch=4000, generator=seeded())
-    reward.__class__.__call__, scored = (lambda self, samples, prompts: (self.samples.append(samples), samples.sum(1))[1]), None
     method.loss(draws_of(method, PromptSet(["here"]).batch([0], 2000)))
+    left = float(schedule.sigma(torch.zeros(1)))
+    assert left > 0.02
     for samples in reward.samples:
         assert samples.std().item() == pytest.approx(left, rel=0.05)
 
@@ -185,7 +203,7 @@ class Undeclared(Off):
 
 def test_a_reward_without_a_gradient_is_refused_with_what_to_do():
     says = "the reward 'blind' has no gradient.* use ddpo or raft"
-    blind = CallableReward(lambda images, prompts: [0.0] * len(prompts), name="blind")
+    blind = as_reward(lambda images, prompts: [0.0] * len(prompts), name="blind")
     with pytest.raises(NoGradient, match=says):
         alignprop.Settings().build(toy(), blind, seeded())
     method = method_on(toy(), LastK(1), Undeclared())
@@ -293,17 +311,6 @@ def test_settings_build_the_published_methods():
 
 
 # --- DRaFT+ ---
-
-
-class Line:
-    """The reward direction . x."""
-
-    name = "line"
-    differentiable = True
-    direction = torch.tensor([1.0, -2.0])
-
-    def __call__(self, samples, prompts, **columns):
-        return samples @ self.direction
 
 
 def after_draft_plus(kl_weight: float, lr: float, steps: int) -> Tensor:

@@ -389,7 +389,10 @@ def test_settings_build_the_published_methods():
     dance = dance_grpo.Settings().build(eps, Off(), seeded())
     assert dance.same_noise and dance.move_fraction == 0.6 and dance.credit is group_relative
     assert ddpo.Settings(clip=0.0, updates=1).build(eps, Off(), seeded()).objective is score_function
-    assert plain.policy.guidance == 2.0 and ddpo.Settings(guidance_scale=1.5).build(eps, Off(), seeded()).policy.guidance == 1.5
+    assert (
+        plain.policy.guidance == 2.0
+        and ddpo.Settings(guidance_scale=1.5).build(eps, Off(), seeded()).policy.guidance == 1.5
+    )
 
 
 @pytest.mark.parametrize(

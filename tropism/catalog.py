@@ -78,6 +78,9 @@ def check_model(name: str) -> str | Path:
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LatentPipeline:
     """The pipeline of that name. Raises ValueError or OSError, in one sentence, when it cannot be loaded."""
+    from tropism.models.quiet import quiet_libraries
+
+    quiet_libraries()
     from tropism.models.pipelines import load_pipeline
 
     return load_pipeline(check_model(name), dtype, device)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -156,18 +154,8 @@ def as_bad_input(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
 # Loading, and one try.
 
 
-def quiet_libraries() -> None:
-    """No notices and no bars of model libraries between the lines of a run."""
-    for library in ("transformers", "diffusers"):
-        logging: Any = importlib.import_module(f"{library}.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="huggingface_hub|transformers|diffusers")
-
-
 def load(name: str, settings: DeviceSettings, device: torch.device) -> LatentPipeline:
     """The model of that name. Raises BadInput when it cannot be loaded."""
-    quiet_libraries()
     with as_bad_input(ValueError, OSError, ImportError):
         return catalog.load_model(name, DTYPES[settings.mixed_precision], device)
 

@@ -30,7 +30,7 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
         (latents, ["latents.py", "--vae", str(vae), "--out", str(latents)]),
         (
             work / "sd/pipeline/model_index.json",
-            ["sd.py", "--out", str(work / "sd"), "--steps", "3900", "--compile", *data],
+            ["sd.py", "--out", str(work / "sd"), "--steps", "4800", "--compile", *data],
         ),
         (work / "flow/pipeline/model_index.json", ["flow.py", "--out", str(work / "flow"), "--steps", "3500", *data]),
         (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
