@@ -1,6 +1,6 @@
 """Writes a pipeline of the shipped architecture (recipes/scenes/sd.py) with random weights.
 
-    python benchmarks/random_pipeline.py FOLDER SEED
+python benchmarks/random_pipeline.py FOLDER SEED
 """
 
 from __future__ import annotations

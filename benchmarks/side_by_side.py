@@ -133,7 +133,10 @@ def measure(workers: Sequence[Worker], pairs: int) -> dict[str, Any]:
     for number in range(pairs + 1):
         for worker in workers if number % 2 else reversed(workers):
             turn = worker("iterate")
-            print(f"  round {number}  {worker.side:8} {turn['seconds']:8.2f} s", flush=True)
+            print(
+                f"  round {number}  {worker.side:8} {turn['seconds']:8.2f} s ({turn['cpu']:.2f} s of processor)",
+                flush=True,
+            )
             if number:
                 turns[worker.side].append(turn)
     sides = {worker.side: worker.facts | worker("memory") | {"turns": turns[worker.side]} for worker in workers}
@@ -148,7 +151,9 @@ def heading(args: argparse.Namespace, title: str, folder: Path | str) -> None:
     print(f"command   {' '.join([Path(sys.executable).name, *sys.argv])}")
     print(f"date      {facts['date']}, seed {args.seed}, commit {facts['commit']}")
     print(f"machine   {facts['processor']}, {facts['cores']} cores, {args.threads} threads, {args.precision}")
-    print(f"load      {os.getloadavg()[0]:.2f} (of {facts['cores']}) before the start: above 0.2 the machine is not quiet")
+    print(
+        f"load      {os.getloadavg()[0]:.2f} (of {facts['cores']}) before the start: above 0.2 the machine is not quiet"
+    )
     print(f"pipeline  {weights}\n", flush=True)
 
 
@@ -206,11 +211,14 @@ def print_ratios(sides: dict[str, Any]) -> None:
         if side == "trl":
             continue
         pairs = zip(base["turns"], facts["turns"], strict=True)
-        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
+        rounds = list(pairs)
+        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in rounds]
+        processor = statistics.median([theirs["cpu"] / ours["cpu"] for theirs, ours in rounds])
         memory = facts["peak_mib"] / base["peak_mib"]
         print(
             f"\n{side} / trl: images per second x {statistics.median(ratios):.2f} (median of {len(ratios)} pairs, "
-            f"min {min(ratios):.2f}, max {max(ratios):.2f}); peak memory x {memory:.2f}"
+            f"min {min(ratios):.2f}, max {max(ratios):.2f}); peak memory x {memory:.2f}\n"
+            f"  (images per second of processor time x {processor:.2f}: nearly the same on a quiet machine)"
         )
 
 
@@ -242,9 +250,10 @@ def serve(side: Side, floor: Callable[[], dict[str, Any]]) -> None:
     for line in sys.stdin:
         order = line.strip()
         if order == "iterate":
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             images = side.iterate()
-            say({"seconds": time.perf_counter() - began, "images": images})
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            say({"seconds": seconds, "cpu": cpu, "images": images})
         elif order == "memory":
             say({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
         elif order == "floor":
@@ -405,12 +414,11 @@ def count_updates(optimizer: Any, found: Counter[str]) -> Any:
 # The floor.
 
 
-def rates(threads: int, precision: str) -> dict[str, float]:
+def rates(precision: str) -> dict[str, float]:
     """FLOP/s of matrix products, the best of several sizes and repetitions: torch's own, and oneDNN's."""
     import torch
     from torch.nn import functional as F
 
-    del threads  # set when the worker started
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     ways: dict[str, Callable[[Any, Any], Any]] = {"torch linear": F.linear}
     if precision == "fp32" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -426,14 +434,18 @@ def rates(threads: int, precision: str) -> dict[str, float]:
     return best
 
 
-def network_flops(model: Any) -> dict[str, float]:
-    """FLOPs of one row: the network forward, forward and backward; the decoder likewise. By torch's own counter."""
+def network_flops(args: argparse.Namespace) -> dict[str, float]:
+    """FLOPs of one row: the network forward, forward and backward; the decoder likewise. By torch's own counter.
+
+    Of a fresh model that recomputes nothing; its linear layers are torch's, which the counter knows.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    model = load_model(args, plain=True)
     x = torch.randn(2, *model.latent_shape)
+    latents = x.clone().requires_grad_()
     tau, cond = torch.tensor([500, 500]), model.encode(["a red circle", "a blue circle"])
-    fast, model.onednn = model.onednn, False  # the counter does not know oneDNN's operator
 
     def count(run: Callable[[], Any], backward: bool) -> float:
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
@@ -442,16 +454,10 @@ def network_flops(model: Any) -> dict[str, float]:
                 answer.sum().backward()
         return counter.get_total_flops() / 2
 
-    try:
-        latents = x.clone().requires_grad_()
-        return {
-            "forward": count(lambda: model.net(x, tau, cond), False),
-            "training": count(lambda: model.net(x, tau, cond), True),
-            "through": count(lambda: model.net(latents, tau, cond), True),
-            "decode": count(lambda: model.decode(x), False),
-            "decode training": count(lambda: model.decode(latents), True),
-        }
-    finally:
-        model.onednn = fast
-        for parameter in model.parameters():
-            parameter.grad = None
+    return {
+        "forward": count(lambda: model.net(x, tau, cond), False),
+        "training": count(lambda: model.net(x, tau, cond), True),
+        "through": count(lambda: model.net(latents, tau, cond), True),
+        "decode": count(lambda: model.decode(x), False),
+        "decode training": count(lambda: model.decode(latents), True),
+    }

@@ -140,8 +140,8 @@ class Tropism:
 
     def floor(self, args: argparse.Namespace) -> dict[str, Any]:
         """Every step once forward, the steps of the window once backward (nothing twice), and the decoder likewise."""
-        flops, rows = common.network_flops(self.model), 1 if args.guidance == 1 else 2
-        rates = common.rates(args.threads, args.precision)
+        flops, rows = common.network_flops(args), 1 if args.guidance == 1 else 2
+        rates = common.rates(args.precision)
         # The first step of the window starts from latents without a graph; all others pass the gradient on to theirs.
         backward = args.window * (flops["through"] - flops["forward"])
         backward -= flops["through"] - flops["training"]

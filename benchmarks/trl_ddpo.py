@@ -135,8 +135,8 @@ class Tropism:
 
     def floor(self, args: argparse.Namespace) -> dict[str, Any]:
         """Every state of a chain is seen once to sample and once to train, by two rows with guidance."""
-        flops, rows = common.network_flops(self.model), 1 if args.guidance == 1 else 2
-        rates = common.rates(args.threads, args.precision)
+        flops, rows = common.network_flops(args), 1 if args.guidance == 1 else 2
+        rates = common.rates(args.precision)
         return {
             "flops_per_image": args.steps * rows * (flops["forward"] + flops["training"]) + flops["decode"],
             "of_what": f"{args.steps} steps x {rows} rows x (sampled once, trained once), decoded once",

@@ -1,4 +1,4 @@
-"""Reward gradients through a window of the chain, against a chain written out with autograd; windows; DRaFT+'s optimum."""
+"""Reward gradients through a window of the chain, against a chain written out; windows; DRaFT+'s optimum."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def test_windows_differ():
         method = method_on(model, window)
         method.loss(draws_of(method, batch(2))).total.backward()
         grads.append(gradient(model))
-    assert (grads[0] - grads[1]).norm() > 0.1 * grads[0].norm() and (grads[1] - grads[2]).norm() > 0.1 * grads[1].norm()
+    assert (grads[0] - grads[1]).norm() > 0.1 * grads[0].norm() and (grads[1] - grads[2]).norm() > 0.05 * grads[
+        1
+    ].norm()
 
 
 class Seen(Off):
@@ -323,9 +325,9 @@ def after_draft_plus(kl_weight: float, lr: float, steps: int) -> Tensor:
 
 
 def test_draft_plus_converges_to_a_shift_of_one_over_its_weight_and_draft_runs_away():
-    """In closed form: the last move is x0 = mean + ..., eps - eps_ref = -(sigma alpha / V) shift with V = alpha^2 std^2 +
-    sigma^2, so that reward minus penalty is greatest at shift = D c direction / (weight (sigma alpha / V)^2), where
-    c = 1 - alpha^2 std^2 / V is what the mean adds to x0. The penalty is on eps; it is not the KL of the chain."""
+    """In closed form: with V = alpha^2 std^2 + sigma^2, the last move's x0 moves by c = 1 - alpha^2 std^2 / V times the
+    shift of the mean and its eps by -sigma alpha / V times, so that reward minus penalty is greatest at shift = D c
+    direction / (weight (sigma alpha / V)^2). The penalty is on eps; it is not the KL of the chain."""
     model = GaussianPolicy(["here"], torch.zeros(1, 2))
     t = model.grid(10)[-2:-1]
     at, st = model.schedule.alpha(t).double(), model.schedule.sigma(t).double()

@@ -348,7 +348,7 @@ def test_move_fraction_and_the_last_move():
     cells = [cells for minibatches in method.experience(prompts) for cells in minibatches]
     s = torch.cat([cells.s for cells in cells])
     assert len(s) == 32 * 6 and s.min() > 0
-    places = {tuple(x.tolist()) + (t,) for part in cells for x, t in zip(part.x, part.t.tolist(), strict=True)}
+    places = {(*x.tolist(), t) for part in cells for x, t in zip(part.x, part.t.tolist(), strict=True)}
     assert len(places) == 32 * 6 and max(len(part.s) for part in cells) == 50
 
 

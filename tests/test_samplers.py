@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from tropism.base import Kernel, Prediction
 from tropism.denoisers import Clipped, ConsistencyDenoiser, NetDenoiser, consistent, regression_target
 from tropism.models.toy import GaussianDenoiser
-from tropism.samplers import DDIM, ConstantSDE, Consistency, EulerODE, FlowSDE, walk, widen
+from tropism.samplers import DDIM, Consistency, ConstantSDE, EulerODE, FlowSDE, walk, widen
 from tropism.schedules import EDM, Cosine, RectifiedFlow, ddpm_table, flow_grid, karras_grid, ladder_grid, table_grid
 from tropism.transitions import Categorical
 

@@ -43,8 +43,10 @@ def run_demo(method: str, settings: TrainSettings, method_settings: Any) -> Outc
     )
     outcome = execute(make_plan(method, settings, method_settings))
     gain = outcome.gain
-    sure = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no different, as far as these pictures can tell"
-    print(f"\nThe model has become {sure}.\n{summary(outcome)}")
+    verdict = "No difference is certain from these pictures."
+    if gain.low > 0 or gain.high < 0:
+        verdict = f"The model has become {'better' if gain.low > 0 else 'worse'} by its reward."
+    print(f"\n{verdict}\n{summary(outcome)}")
     print(f'\nDraw with it: tropism sample --model {settings.model} --adapter {outcome.folder} --prompt "..."')
     return outcome
 
@@ -59,7 +61,8 @@ def run_sample(settings: SampleSettings) -> list[Path]:
     model, policy = _load(settings)
     text = first_images(prompts, len(prompts), settings.images).text
     images = torch.cat([batch.float().cpu() for batch in draw_images(policy, text, settings.seed)])
-    sheet = pictures.to_image(images[0]) if alone and len(images) == 1 else pictures.grid(images, text)
+    columns = settings.images if 1 < settings.images <= 8 else 0  # a row a prompt, where that fits
+    sheet = pictures.to_image(images[0]) if alone and len(images) == 1 else pictures.grid(images, text, columns=columns)
     files = [] if alone else [out / f"{i:03}-{_slug(each)}.png" for i, each in enumerate(text)]
     for file, pixels in zip(files, images, strict=False):
         pictures.save(pictures.to_image(pixels), file)

@@ -93,9 +93,11 @@ class _Sheet:
             self.text(x, y + number * LINE, line, colour)
 
 
-def grid(images: Tensor, captions: Sequence[str], notes: Sequence[str] = (), title: str = "") -> Image.Image:
+def grid(
+    images: Tensor, captions: Sequence[str], notes: Sequence[str] = (), title: str = "", columns: int = 0
+) -> Image.Image:
     """Pictures (N, 3, H, W) in rows, captions below them, and below those a note (a reward), if given."""
-    columns = min(len(images), max(4, min(8, math.isqrt(len(images)))))
+    columns = min(len(images), columns or max(4, min(8, math.isqrt(len(images)))))
     texts = [wrap(text, TILE) for text in captions]
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     heights = [max(len(texts[i]) for i in row) * LINE + (LINE if notes else 0) + TILE + 8 for row in rows]
@@ -176,7 +178,7 @@ def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

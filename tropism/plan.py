@@ -194,8 +194,8 @@ def build_rewards(
         noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         pair = prompts.batch([0, 1 % len(prompts)], 1)
         weighted = [(try_reward(reward, noise, pair), spec.weight) for reward, spec in zip(rewards, specs, strict=True)]
-        alone = len(weighted) == 1 and weighted[0][1] == 1
-        return Weighted(weighted, name=weighted[0][0].name if alone else None)
+        counted = [each.name if weight == 1 else f"{weight:g} {each.name}" for each, weight in weighted if weight]
+        return Weighted(weighted, name=" + ".join(counted))
 
 
 def try_reward(reward: Reward, noise: torch.Tensor, pair: Prompts) -> Reward:

@@ -112,7 +112,10 @@ def export(network: Network, vae_folder: Path, folder: Path) -> None:
         text_encoder_3=t5,
         tokenizer_3=letters,
     )
-    pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipe.to(dtype=torch.float16)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        encoder.float()  # transformers loads what is stored, diffusers float32: a plain load must not mix them
+    pipe.save_pretrained(folder, safe_serialization=True)
 
 
 def prepare(network: Network) -> None:

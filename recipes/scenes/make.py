@@ -46,6 +46,9 @@ def install(work: Path) -> None:
         shutil.copytree(work / source, PACKAGE / name)
         for file in (PACKAGE / name).rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
+            if file.name == "config.json":  # diffusers notes where a part was loaded from
+                facts = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+                file.write_text(json.dumps(facts, indent=2) + "\n")
         if name in DEFAULTS:
             (PACKAGE / name / "tropism.json").write_text(json.dumps(DEFAULTS[name]) + "\n")
 

@@ -94,7 +94,10 @@ def export(network: Network, vae_folder: Path, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipe.to(dtype=torch.float16)
+    for encoder in (pipe.text_encoder,):
+        encoder.float()  # transformers loads what is stored, diffusers float32: a plain load must not mix them
+    pipe.save_pretrained(folder, safe_serialization=True)
 
 
 def prepare(network: Network) -> None:

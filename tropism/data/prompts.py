@@ -16,10 +16,17 @@ from tropism.base import Prompts
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Distinct or repeated prompts with metadata columns, one value a prompt."""
+    """Distinct or repeated prompts with metadata columns, one value a prompt. Raises ValueError otherwise."""
 
     text: Sequence[str]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.columns.items():
+            if len(values) != len(self.text):
+                raise ValueError(
+                    f"column {name!r} has {len(values)} values for {len(self.text)} prompts; give one a prompt"
+                )
 
     def __len__(self) -> int:
         return len(self.text)
@@ -41,15 +48,15 @@ def read_prompts(path: str | Path) -> PromptSet:
     if not file.is_file():
         raise ValueError(f"there is no prompt file {file}; give a .txt (one prompt a line) or .jsonl file")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    lines = [line for line in lines if line]
+    lines = {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
         raise ValueError(f"{file} has no prompts; write one a line")
     if file.suffix != ".jsonl":
-        return PromptSet(lines)
-    return _from_rows([_row(file, number, line) for number, line in enumerate(lines, 1)], file)
+        return PromptSet(list(lines.values()))
+    return _from_rows({number: _row(file, number, line) for number, line in lines.items()}, file)
 
 
 def _row(file: Path, number: int, line: str) -> dict[str, Any]:
@@ -64,13 +71,16 @@ def _row(file: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _from_rows(rows: list[dict[str, Any]], file: Path) -> PromptSet:
+def _from_rows(numbered: Mapping[int, dict[str, Any]], file: Path) -> PromptSet:
+    """From the rows by the number of their line."""
+    first, rows = next(iter(numbered)), list(numbered.values())
     names = set(rows[0]) - {"prompt"}
-    for number, row in enumerate(rows, 1):
-        if set(row) - {"prompt"} != names:
+    for number, row in numbered.items():
+        own = set(row) - {"prompt"}
+        if own != names:
             raise ValueError(
-                f"line {number} of {file} has the columns {sorted(set(row) - {'prompt'})}, line 1 has {sorted(names)}; "
-                "give every prompt the same columns"
+                f"line {number} of {file} has the columns {sorted(own)}, line {first} has {sorted(names)}; give every "
+                "prompt the same columns"
             )
     clash = names & {"images", "prompts", "samples", "completions", "metadata"}
     if clash:

@@ -24,7 +24,7 @@ from tropism.methods.settings import ExploreSettings
 from tropism.policy import Policy, reward_statistics
 from tropism.randomness import row_generators, row_seeds
 from tropism.samplers import DDIM, EulerODE
-from tropism.schedules import RectifiedFlow, add_noise
+from tropism.schedules import RectifiedFlow
 from tropism.windows import RandomCut, Span, Window
 
 
@@ -142,10 +142,11 @@ class AlignProp:
         return 0.5 * (prediction.eps - reference.eps).square().flatten(1).mean(1)
 
     def _again(self, denoiser: Denoiser, clean: Tensor, cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
-        """The clean latents noised to the last level, and the last move from there once more, with a graph."""
-        t, s = self.policy.ts[-2:].to(clean.device).expand(len(clean), 2).unbind(1)
-        noise = self.policy.noise(len(clean), generators)
-        noisy = add_noise(denoiser.schedule, clean, noise, t)
+        """The latents noised to the level before the end, and the last move from there once more, with a graph."""
+        schedule, (t, s) = denoiser.schedule, self.policy.ts[-2:].to(clean.device).expand(len(clean), 2).unbind(1)
+        keep = schedule.alpha(t) / schedule.alpha(s)  # the end may have some noise of its own, as in Stable Diffusion
+        added = (schedule.sigma(t) ** 2 - (keep * schedule.sigma(s)) ** 2).clamp(min=0).sqrt()
+        noisy = bcast(keep, clean) * clean + bcast(added, clean) * self.policy.noise(len(clean), generators)
         return self.policy.kernel(denoiser, noisy, t, s, cond)[0].sample(generators)
 
     def after_step(self) -> None:

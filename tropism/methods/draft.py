@@ -2,7 +2,8 @@
 
 AlignProp with another gradient window on a deterministic chain: the last ``k`` moves (DRaFT-K), or the last one with
 ``repeats`` further gradients from the result noised again (DRaFT-LV). ``kl_weight`` makes it DRaFT+ (NeMo-Aligner).
-There is no official code; settings are those of the paper's small runs.
+There is no official code; settings are those of the paper's small runs. DRaFT-LV's gradients are averaged here and
+summed in the paper, which AdamW does not notice.
 """
 
 from __future__ import annotations

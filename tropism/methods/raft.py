@@ -115,7 +115,8 @@ class RAFT:
         said = regression_target(denoiser.target, denoiser.schedule, prediction.x0, prediction.eps, kept.t)
         wanted = regression_target(denoiser.target, denoiser.schedule, kept.x0, kept.eps, kept.t)
         error = (said - wanted).square().flatten(1).mean(1)
-        return Loss((kept.weight * error).sum(), kept.weight.cpu().double().sum(), {"denoising_error": error.detach().mean()})
+        weight = kept.weight.cpu().double().sum()  # exact: sums of parts are the sum of all
+        return Loss((kept.weight * error).sum(), weight, {"denoising_error": error.detach().mean()})
 
     def _dropped(self, cond: Cond, count: int) -> dict[str, Tensor]:
         """Some rows without their prompt, so that guidance keeps its meaning."""
