@@ -10,7 +10,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
 DEMO_FLAGS ?=
 
 VENV := .venv

@@ -171,7 +171,7 @@ def machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
@@ -353,6 +353,7 @@ def prompts(count: int) -> list[str]:
 
 def redness(images: Any) -> Any:
     """Mean of the red channel less the mean of the others: costs nothing, and has a gradient. (B, 3, H, W) -> (B,)."""
+    images = images.float()  # TRL in bf16 hands over bf16 pictures, whose rewards it then cannot take
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tropism.cli import main
 
-REWARDS = '''\
+REWARDS = """\
 calls = 0
 
 def bright(images):
@@ -40,7 +40,7 @@ def late(images):
     return images.mean((1, 2, 3))
 
 number = 3
-'''
+"""
 
 
 def small_place(tiny: Path, folder: Path) -> Path:

@@ -159,19 +159,26 @@ class _Lora(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
-        return _product(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        if x.dtype == torch.float32:
+            return _product(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        a, b = a.to(x.dtype), (scale * b).to(x.dtype)
+        return _product_with(x, _product(_product(x, a), b), weight, bias, "add")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, a, b = ctx.saved_tensors
+        above, below, scale = _rows(grads[0]), _rows(x), ctx.scale
+        low_a, low_b = a.to(x.dtype), (scale * b).to(x.dtype)
+        narrow = _product(above, low_b.t())
         back = None
-        if ctx.needs_input_grad[0]:
-            back = _product(grads[0], torch.addmm(weight, b, a, alpha=ctx.scale).t())
-        above, below = _rows(grads[0]), _rows(x)
-        grad_a = (_product(above, b.t()).t() @ below).mul_(ctx.scale)
-        grad_b = (_product(below, a).t() @ above).t().mul(ctx.scale)
-        return back, None, None, grad_a, grad_b, None
+        if ctx.needs_input_grad[0] and x.dtype == torch.float32:
+            back = _product(grads[0], torch.addmm(weight, b, a, alpha=scale).t())
+        elif ctx.needs_input_grad[0]:
+            back = _product_with(above, _product(narrow, low_a.t()), weight.t(), None, "add").view_as(x)
+        grad_a = narrow.t() @ below
+        grad_b = (_product(below, low_a).t() @ above).t().float().mul(scale)
+        return back, None, None, grad_a.float(), grad_b, None
 
 
 class _Gate(torch.autograd.Function):
