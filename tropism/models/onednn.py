@@ -185,7 +185,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         value_weight, gate_weight, value_bias, gate_bias = _halves(weight, bias)
-        if not ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[0] and x.dtype == torch.float32:  # fused, bfloat16 would round differently
             gate = _product(x, gate_weight, gate_bias, "gelu")
             return _product_with(x, gate, value_weight, value_bias, "mul")
         value, gate = _product(x, value_weight, value_bias), _product(x, gate_weight, gate_bias)
