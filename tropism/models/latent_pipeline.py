@@ -29,9 +29,9 @@ class LatentPipeline(ABC):
     defaults of the pipeline unless given. ``image_size`` is height and width in pixels, its own unless given, in
     multiples of what one latent cell (or patch) covers. Device and dtype are chosen before, on the pipeline.
 
-    In float32 on a CPU with AVX-512 the denoiser is a twin of the network (see ``models.onednn``) unless ``onednn`` is
-    False: same tensors, results equal up to rounding, first-order gradients only. It is made at the first call, and
-    attention processors that the network gets later are not in it.
+    On a CPU with AVX-512 the denoiser is a twin of the network (see ``models.onednn``) unless ``onednn`` is False: same
+    tensors, results equal up to rounding, first-order gradients only. It is made at the first call, and attention
+    processors that the network gets later are not in it.
     """
 
     part: ClassVar[str]  # what denoises: "unet" or "transformer"
@@ -127,7 +127,7 @@ class LatentPipeline(ABC):
     def _network(self) -> nn.Module:
         """What is called: the network with its adapter, or the twin of that."""
         net: nn.Module = self._net if self._trained is None else self._trained.module
-        if not self.onednn or torch.is_autocast_enabled("cpu"):
+        if not self.onednn:
             return net
         if net not in self._twins:
             self._twins[net] = twin(net) if twin_pays(net) else net

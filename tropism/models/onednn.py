@@ -1,16 +1,19 @@
-"""A twin of a network that computes the same in less time on a CPU, in float32, with or without a LoRA.
+"""A twin of a network that computes the same in less time on a CPU, in float32 or bfloat16, with or without a LoRA.
 
 The twin is a copy of the module tree that shares every tensor; nothing of the original is touched. In it
 
 - linear layers are oneDNN's matrix products, the library that already does torch's convolutions. torch gives float32
   linear layers to MKL, which takes its AVX2 path on a processor that is not Intel's, at half the speed of AVX-512;
-- a LoRA is folded: x (W + s B A)^T is one product and keeps only x for the backward pass, where PEFT makes two thin
-  products more and passes over the output twice;
-- a frozen feed-forward gate keeps its two halves apart, so that without a graph GELU and the product with it happen
-  inside the matrix products, and with one GELU is computed again in the backward pass instead of being kept.
+- a LoRA costs little: in float32 it is folded into the weight for each product, x (W + s B A)^T, in bfloat16 the base
+  layer's product adds it. Only x is kept for the backward pass. PEFT passes over inputs and outputs several times more;
+- a frozen feed-forward gate keeps its two halves apart and computes GELU again in the backward pass instead of keeping
+  it; in float32 and without a graph, GELU and the product with it happen inside the matrix products;
+- attention over few keys is written out in bfloat16, where the backward pass of torch's fused kernel is slow.
 
-Results differ from the original's by float32 rounding. Backward passes are first-order only, and there is no
-forward-mode derivative: use the original network for those.
+Results differ from the original's by rounding, and do not depend on whether a graph is kept. In bfloat16 a LoRA's
+weights stay float32 and what is multiplied are bfloat16 copies, as under autocast; against float32 the network is then
+as exact as with PEFT. Backward passes are first-order only, and there is no forward-mode derivative: use the original
+network for those.
 """
 
 from __future__ import annotations
@@ -20,18 +23,22 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+FEW_KEYS = 256
+
 
 def twin_pays(net: nn.Module) -> bool:
-    """Whether a twin of ``net`` is faster here: float32 on an AVX-512 processor, with oneDNN in this torch."""
+    """Whether a twin of ``net`` is faster here: weights of one of two types, AVX-512, and oneDNN in this torch."""
     first = next(net.parameters())
+    weights = {parameter.dtype for name, parameter in net.named_parameters() if ".lora_" not in name}
     return (
         first.device.type == "cpu"
-        and all(parameter.dtype == torch.float32 for parameter in net.parameters())
+        and weights in ({torch.float32}, {torch.bfloat16})
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -42,6 +49,9 @@ def twin(net: nn.Module) -> nn.Module:
     """The twin of ``net``. Tensors and hooks are shared, now and later; flags and processors are those of now."""
     copied = copy.copy(net)
     copied._modules = {name: None if child is None else _twin_of(child) for name, child in net._modules.items()}
+    processor: Any = getattr(copied, "processor", None)
+    if type(processor) is AttnProcessor2_0:
+        copied.processor = ShortAttention()  # type: ignore[assignment]
     return copied
 
 
@@ -76,14 +86,13 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out)."""
         layer = self._layer[0]
-        if not isinstance(layer, LoraLayer):
-            return linear(x, layer.weight, layer.bias)
-        base: Any = layer.base_layer
-        if layer.disable_adapters or layer.merged:
-            return linear(x, base.weight, base.bias)
+        base: Any = layer.base_layer if isinstance(layer, LoraLayer) else layer
+        x, weight, bias = _as_autocast_wants(x, base.weight, base.bias)
+        if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+            return linear(x, weight, bias)
         (name,) = layer.lora_A
         a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-        answer: Tensor = _Lora.apply(x, base.weight, base.bias, a, b, scale)  # type: ignore[no-untyped-call]
+        answer: Tensor = _Lora.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
         return answer
 
 
@@ -96,11 +105,35 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out / 2)."""
-        layer = self._layer[0]
-        if layer.weight.requires_grad:
-            value_weight, gate_weight, value_bias, gate_bias = _halves(layer.weight, layer.bias)
+        x, weight, bias = _as_autocast_wants(x, self._layer[0].weight, self._layer[0].bias)
+        if weight.requires_grad:
+            value_weight, gate_weight, value_bias, gate_bias = _halves(weight, bias)
             return linear(x, value_weight, value_bias) * F.gelu(linear(x, gate_weight, gate_bias))
-        answer: Tensor = _Gate.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        answer: Tensor = _Gate.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return answer
+
+
+class ShortAttention(AttnProcessor2_0):
+    """torch's fused attention, but in bfloat16 over at most ``FEW_KEYS`` keys its plain matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._plain = AttnProcessor()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states (B, T, C) or (B, C, H, W), what is attended to (B, S, D) or nothing -> as hidden states."""
+        keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        count = keys.shape[1] if keys.ndim == 3 else keys.shape[2] * keys.shape[3]
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else keys.dtype
+        process = self._plain if dtype == torch.bfloat16 and count <= FEW_KEYS else super().__call__
+        answer: Tensor = process(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         return answer
 
 
@@ -108,6 +141,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias: x (..., in), weight (out, in), bias (out,)."""
     answer: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return answer
+
+
+def _as_autocast_wants(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inside autocast, all in its type; oneDNN's operator is unknown to it."""
+    if not torch.is_autocast_enabled("cpu"):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype("cpu")
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:

@@ -1,0 +1,144 @@
+"""DiffExp on the 2-D toy: how many images DDPO needs to find a mode that guidance hides, with and without exploration.
+
+The first prompt's data are 12 % of the time at M, where half of the other prompts' data are, so that guidance pushes
+away from M; the reward is exp(-|x - M|^2 / 0.5) on that prompt alone. Explored are the guidance (1 for t > 0.2), the
+weights of the phrases (0.6 to 1.4), or both. Counted are the images until the mean reward of a batch reaches 0.4.
+
+    python benchmarks/diffexp_toy.py --seeds 6 --steps 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tropism.data.prompts import PromptSet, batches
+from tropism.methods.ddpo import Settings
+from tropism.models.toy import MODES, PROMPTS, SPREAD, ToyNet, ToyTextToImage
+from tropism.policy import Policy
+from tropism.samplers import DDIM
+from tropism.schedules import add_noise
+from tropism.train import NothingToLearn, Step, train
+
+PROMPT = PROMPTS[0]
+RARE = torch.tensor([-1.5, -1.5])
+OWN_SHARE, OTHER_SHARE = 0.12, 0.5
+GUIDANCE, MOVES, IMAGES, GOAL = 2.5, 20, 64, 0.4
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ddpo": {},
+    "guidance": dict(explore_guidance=1.0, explore_until=0.2),
+    "weights": dict(explore_weights=(0.6, 1.4)),
+    "both": dict(explore_guidance=1.0, explore_until=0.2, explore_weights=(0.6, 1.4)),
+}
+
+
+class Rare:
+    """Closeness to the mode that guidance hides."""
+
+    name = "rare"
+    differentiable = True
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str], **columns: Any) -> Tensor:
+        """samples (B, 2) -> (B,) in [0, 1]."""
+        return (-(samples - RARE).square().sum(1) / 0.5).exp()
+
+
+def pretrained(steps: int = 4000, seed: int = 0, rows: int = 256) -> ToyTextToImage:
+    """The toy's network and training, on data with the rare mode."""
+    generator = torch.Generator().manual_seed(seed)
+    net, tokens = ToyNet(generator), nn.Parameter(torch.randn(8, 16, generator=generator))
+    toy = ToyTextToImage(net, tokens)
+    adam = torch.optim.Adam([*net.parameters(), tokens], lr=2e-3, fused=True)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    for _ in range(steps):
+        prompt = torch.randint(8, (rows,), generator=generator)
+        rare = torch.rand(rows, generator=generator) < torch.where(prompt == 0, OWN_SHARE, OTHER_SHARE)
+        x0 = torch.where(rare[:, None], RARE, MODES[prompt]) + SPREAD * torch.randn(rows, 2, generator=generator)
+        eps, t = torch.randn(rows, 2, generator=generator), 0.001 + 0.999 * torch.rand(rows, generator=generator)
+        keep = torch.rand(rows, generator=generator) >= 0.1
+        token = torch.stack([prompt // 2, 5 + prompt % 2], dim=1).where(keep[:, None], torch.tensor([4, 7]))
+        said = net(add_noise(toy.schedule, x0, eps, t), toy.schedule.net_time(t), {"prompt_embeds": tokens[token]})
+        adam.zero_grad()
+        (said - eps).square().mean().backward()
+        adam.step()
+        fall.step()
+    return ToyTextToImage(net.eval(), tokens.detach())
+
+
+def fresh(toy: ToyTextToImage) -> ToyTextToImage:
+    """A copy to train."""
+    net = ToyNet(torch.Generator())
+    net.load_state_dict(toy.net.state_dict())
+    return ToyTextToImage(net, toy.tokens)
+
+
+def reward_at(toy: ToyTextToImage, guidance: float, count: int = 2000) -> float:
+    """Mean reward of ancestral samples with this guidance all along."""
+    policy = Policy(toy, DDIM(1.0), MOVES, guidance, microbatch=count)
+    return float(Rare()(policy.images([PROMPT] * count, torch.Generator().manual_seed(99)), []).mean())
+
+
+def run(toy: ToyTextToImage, seed: int, steps: int, rate: float, options: dict[str, Any]) -> tuple[float, float, float]:
+    """Images until the goal (infinite when it is not reached), the reward of the first batch, and at the end that of
+    the default guidance and prompt."""
+    settings = Settings(
+        inference_steps=MOVES,
+        guidance_scale=GUIDANCE,
+        prompts_per_step=1,
+        images_per_prompt=IMAGES,
+        learning_rate=rate,
+        group_relative=True,
+        minibatch=IMAGES * MOVES,
+        **options,
+    )
+    settings.check()
+    model, rewards = fresh(toy), list[float]()
+
+    def note(step: Step) -> None:
+        rewards.append(step.metrics["reward_mean"])
+
+    method = settings.build(model, Rare(), torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=settings.weight_decay)
+    work = batches(PromptSet([PROMPT]), 1, IMAGES, seed)
+    with contextlib.suppress(NothingToLearn):  # every reward 0 to the last bit: a failure like others
+        train(method, work, optimizer, steps=steps, hooks=[note])
+    reached = next((IMAGES * number for number, reward in enumerate(rewards, 1) if reward >= GOAL), math.inf)
+    return reached, rewards[0] if rewards else 0.0, reward_at(model, GUIDANCE)
+
+
+def main() -> None:
+    """Trains, compares, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=6, help="runs of each variant")
+    parser.add_argument("--steps", type=int, default=50, help=f"batches of {IMAGES} images a run")
+    parser.add_argument("--learning-rate", type=float, default=7e-4)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    toy = pretrained()
+    print(f"untrained: reward {reward_at(toy, 1.0):.4f} without guidance, {reward_at(toy, GUIDANCE):.4f} at {GUIDANCE}")
+    plain = math.nan
+    for name, variant in VARIANTS.items():
+        runs = [run(toy, seed, options.steps, options.learning_rate, variant) for seed in range(options.seeds)]
+        reached, first, final = (list(values) for values in zip(*runs, strict=True))
+        median = statistics.median(reached)
+        plain = median if name == "ddpo" else plain
+        counts = ", ".join("never" if math.isinf(count) else f"{count:.0f}" for count in reached)
+        failed = sum(map(math.isinf, reached))
+        print(f"{name}: reward of the first batch {statistics.mean(first):.4f}, images to {GOAL}: {counts}")
+        print(f"    median {median:.0f}, {median / plain:.2f} of ddpo's; {failed} failed; in the end, at the default")
+        print(f"    guidance and prompt: {', '.join(f'{value:.2f}' for value in final)}", flush=True)
+    print(f"{time.process_time() - started:.0f} CPU seconds")
+
+
+if __name__ == "__main__":
+    main()
