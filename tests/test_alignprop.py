@@ -225,6 +225,7 @@ def test_everything_is_drawn_once_a_batch():
         draws = list(update)
         assert [len(part.rows) for part in draws] == [5, 5, 5, 1] and len({part.span for part in draws}) == 1
         assert torch.equal(torch.cat([part.rows for part in draws]), torch.arange(16))
+        assert torch.equal(torch.cat([part.prompts.group for part in draws]), batch(2, number).group)
         assert len(torch.cat([part.seeds for part in draws]).unique()) == 16
         spans.append(draws[0].span)
     assert len(set(spans)) > 2

@@ -90,6 +90,21 @@ def test_functions_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         catalog.check_rewards(["rewards_of_mine:D"])
 
 
+def test_a_users_reward_keeps_its_promise_and_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("promising.py").write_text(
+        "class Red:\n    name = 'red'\n    differentiable = True\n"
+        "    def __call__(self, samples, prompts, **columns):\n        return samples[:, 0].mean((1, 2))\n"
+        "def brightness(images):\n    return images.mean((1, 2, 3))\n"
+    )
+    red, own, packaged = catalog.check_rewards(["promising:Red", "promising:brightness", "brightness"])
+    assert [spec.name for spec in (red, own, packaged)] == ["Red", "promising:brightness", "brightness"]
+    built = [catalog.build_reward(spec, "x", torch.device("cpu")) for spec in (red, own)]
+    assert [reward.differentiable for reward in built] == [True, False]
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    assert built[0](images, ["a", "b"]).requires_grad
+
+
 def test_a_users_module_with_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_rewards.py").write_text("def f(:\n")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from tropism.base import Prompts
-from tropism.credit import group_relative, group_relative_global
+from tropism.credit import group_relative, group_relative_global, per_prompt
 from tropism.data.prompts import PromptSet
 from tropism.methods import dance_grpo, ddpo, flow_grpo
 from tropism.methods.ddpo import DDPO, importance, score_function
@@ -378,6 +378,22 @@ def test_advantages_are_clamped_and_come_from_the_credit():
     assert sum(len(cells.s) for cells in minibatches) == 7 * 9
 
 
+def test_credit_is_against_the_group_the_batch_or_the_history_of_the_prompt():
+    prompts, group = ["a", "a", "b", "b"], torch.tensor([0, 0, 1, 1])
+    reward = torch.tensor([1.0, 3.0, 10.0, 20.0])
+    torch.testing.assert_close(
+        group_relative(prompts, reward, group), torch.tensor([-1.0, 1, -1, 1]), rtol=0, atol=2e-4
+    )
+    wanted = torch.tensor([-1.0, 1, -5, 5]) / reward.std(correction=0)
+    torch.testing.assert_close(group_relative_global(prompts, reward, group), wanted, rtol=1e-4, atol=0)
+    credit = per_prompt(buffer=4, min_count=3)
+    batchwise = (reward - reward.mean()) / reward.std(correction=0)
+    torch.testing.assert_close(credit(prompts, reward, group), batchwise, rtol=1e-5, atol=0)  # two scores a prompt: few
+    history = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    wanted = (history[2:] - 4) / history.std(correction=0)
+    torch.testing.assert_close(credit(["a", "a"], history[2:], group[:2]), wanted, rtol=1e-5, atol=0)
+
+
 def test_settings_build_the_published_methods():
     flow, eps = toy("flow"), toy("eps")
     plain = ddpo.Settings().build(eps, Off(), seeded())
@@ -408,7 +424,9 @@ def test_settings_build_the_published_methods():
         (ddpo.Settings(learning_rate=2.0), "learning_rate is 2.0"),
         (ddpo.Settings(weight_decay=-1.0), "weight_decay is -1.0"),
         (ddpo.Settings(guidance_scale=-1.0), "guidance_scale is -1.0"),
-        (ddpo.Settings(explore_weights=(2.0, 1.0)), r"phrase_weights\[0\] <= phrase_weights\[1\]"),
+        (ddpo.Settings(explore_weights=(2.0, 1.0)), "explore_weights is 2.0 1.0; wanted two numbers"),
+        (ddpo.Settings(explore_until=1.5), "explore_until is 1.5; wanted a number from 0 to 1"),
+        (ddpo.Settings(noise_until=1.0), "noise_until is 1.0; wanted 0 to below 1"),
         (flow_grpo.Settings(noise_level=0.0), "noise_level is 0.0"),
         (flow_grpo.Settings(images_per_prompt=1), "images_per_prompt is 1; wanted at least 2 with group_relative"),
         (dance_grpo.Settings(eta=0.0), "eta is 0.0"),

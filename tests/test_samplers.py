@@ -7,26 +7,16 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from nets import FLOW, SD, TABLE, randn, wavy
 
 from tropism.base import Kernel, Prediction
-from tropism.denoisers import Clipped, ConsistencyDenoiser, NetDenoiser, consistent, regression_target
+from tropism.denoisers import Clipped, ConsistencyDenoiser, NetDenoiser
 from tropism.models.toy import GaussianDenoiser
-from tropism.samplers import DDIM, Consistency, ConstantSDE, EulerODE, FlowSDE, walk, widen
+from tropism.samplers import DDIM, Consistency, ConstantSDE, EulerODE, FlowSDE, noise_until, walk, widen
 from tropism.schedules import EDM, Cosine, RectifiedFlow, ddpm_table, flow_grid, karras_grid, ladder_grid, table_grid
 from tropism.transitions import Categorical
 
-SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 TOLERANCE = 1e-5
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def wavy(x, number, cond):
-    """A network that no kernel can be right about by accident."""
-    number = number.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-    return 0.9 * x + 0.3 * torch.sin(3 * x + number / 150)
 
 
 def ours(kernel, denoiser, ts, x, seed):
@@ -228,7 +218,6 @@ def renoise_step(schedule, t, s):
     return alpha * a, alpha * b, sigma**2
 
 
-TABLE, FLOW = ddpm_table(1000, **SD), RectifiedFlow()
 LEADING, EVEN = table_grid(1000, 40, "leading", 1), flow_grid(20, 1.0, last=1 / 20)
 LAWS = {
     "ddim-0": (DDIM(0.0), TABLE, LEADING, lambda t, s: ddim_step(TABLE, t, s, 0.0)),
@@ -321,7 +310,16 @@ def test_the_first_flow_sde_step_adds_the_same_noise_at_any_step_count(steps):
     assert abs(spread_error(FlowSDE(0.7), FLOW, torch.linspace(1, 0, 401))) < 1e-3
 
 
-KERNELS = [DDIM(1.0), DDIM(0.0), EulerODE(), FlowSDE(), ConstantSDE(), Consistency(), widen(DDIM(1.0), 1.3)]
+KERNELS = [
+    DDIM(1.0),
+    DDIM(0.0),
+    EulerODE(),
+    FlowSDE(),
+    ConstantSDE(),
+    Consistency(),
+    widen(DDIM(1.0), 1.3),
+    noise_until(FlowSDE(), 0.5),
+]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
@@ -373,6 +371,28 @@ def test_widen_scales_the_noise_and_nothing_else():
     tokens: Kernel = lambda denoiser, x, t, s, cond: (Categorical(x), Prediction(x, x))  # noqa: E731
     with pytest.raises(TypeError, match="only a Gaussian law"):
         widen(tokens, 2.0)(denoiser, x, t, s, {})
+
+
+def test_noise_until_is_the_kernel_before_and_deterministic_after():
+    denoiser = NetDenoiser(wavy, TABLE, "eps")
+    x, t, s = randn(4, 8), torch.tensor([0.9, 0.51, 0.5, 0.001]), torch.tensor([0.8, 0.4, 0.4, 0.0])
+    random, _ = DDIM(1.0)(denoiser, x, t, s, {})
+    quiet, _ = DDIM(0.0)(denoiser, x, t, s, {})
+    law, _ = noise_until(DDIM(1.0), 0.5)(denoiser, x, t, s, {})
+    assert torch.equal(law.mean[:2], random.mean[:2]) and torch.equal(law.std[:2], random.std[:2])
+    torch.testing.assert_close(law.mean[2:], quiet.mean[2:], rtol=0, atol=1e-6)
+    assert law.is_random.tolist() == [True, True, False, False]
+    flow = NetDenoiser(wavy, FLOW, "flow")
+    late, _ = noise_until(FlowSDE(), 0.95)(flow, x, t, s, {})
+    ode, _ = EulerODE()(flow, x, t, s, {})
+    torch.testing.assert_close(late.mean, ode.mean, rtol=0, atol=1e-6)
+    assert noise_until(DDIM(1.0), 0.0) == DDIM(1.0)
+    for time in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="must lie in"):
+            noise_until(DDIM(1.0), time)
+    tokens: Kernel = lambda denoiser, x, t, s, cond: (Categorical(x), Prediction(x, x))  # noqa: E731
+    with pytest.raises(TypeError, match="only a Gaussian law"):
+        noise_until(tokens, 0.5)(denoiser, x, t, s, {})
 
 
 def test_walk_yields_every_step_and_depends_on_its_generator_only():
@@ -433,104 +453,3 @@ def test_kernels_refuse_what_they_cannot_do():
         FlowSDE(-0.1)
     with pytest.raises(ValueError, match="eta must not be negative"):
         ConstantSDE(-0.1)
-
-
-# ---- denoisers
-
-SCHEDULES = [TABLE, ddpm_table(1000, **SD, rescale_zero_terminal_snr=True), FLOW, EDM(), Cosine()]
-
-
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_both_halves_are_consistent_and_the_output_comes_back(schedule, target):
-    low = 0.001 if target == "eps" else 0.0
-    t = torch.tensor([low, 0.001, 0.3, 0.8, 0.95 if target == "eps" else 1.0])
-    x = randn(5, 2, 3) * schedule.sigma(t).clamp(min=1).reshape(5, 1, 1)
-    output = wavy(x, torch.arange(5), {})
-    prediction = NetDenoiser(lambda *_: output, schedule, target)(x, t, {})
-    alpha, sigma = (value(t).reshape(5, 1, 1) for value in (schedule.alpha, schedule.sigma))
-    scale = x.abs().amax() + (alpha * prediction.x0).abs().amax() + (sigma * prediction.eps).abs().amax()
-    assert prediction.x0.isfinite().all() and prediction.eps.isfinite().all()
-    assert (alpha * prediction.x0 + sigma * prediction.eps - x).abs().max() < 1e-6 * scale
-    back = regression_target(target, schedule, *prediction, t)
-    noisy = slice(1, None) if target == "x0" else slice(None)  # at sigma = 0 the sample, not the network, says x0
-    size = 1 + prediction.x0.abs().amax() + prediction.eps.abs().amax()
-    assert (back[noisy] - output[noisy]).abs().max() < 1e-5 * size
-
-
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_a_network_that_says_its_target_is_right(schedule, target):
-    x0, eps, t = randn(3, 4), randn(3, 4, seed=1), torch.tensor([0.01, 0.4, 0.9])
-    x = schedule.alpha(t)[:, None] * x0 + schedule.sigma(t)[:, None] * eps
-    said = regression_target(target, schedule, x0, eps, t)
-    prediction = NetDenoiser(lambda *_: said, schedule, target)(x, t, {})
-    size = 1 + schedule.sigma(t)[:, None] / schedule.alpha(t)[:, None]
-    assert ((prediction.x0 - x0).abs() < 2e-6 * size).all()
-    # where sigma is small the noise is a small part of x, so that its digits are lost in x and not in the conversion
-    assert ((prediction.eps - eps).abs() < 1e-6 * (1 + 1 / schedule.sigma(t)[:, None])).all()
-
-
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_prediction_is_float32_whatever_the_network_says(target, dtype):
-    net = NetDenoiser(lambda x, number, cond: x.to(dtype), TABLE, target)
-    for denoiser in (net, ConsistencyDenoiser(net), Clipped(net, rederive=True)):
-        prediction = denoiser(randn(2, 3), torch.tensor([0.3, 0.9]), {})
-        assert prediction.x0.dtype == prediction.eps.dtype == torch.float32
-
-
-def test_the_four_targets():
-    t = torch.tensor([0.3])
-    x0, eps = torch.tensor([[2.0]]), torch.tensor([[5.0]])
-    alpha, sigma = TABLE.alpha(t).item(), TABLE.sigma(t).item()
-    values = [regression_target(target, TABLE, x0, eps, t).item() for target in ("eps", "x0", "v", "flow")]
-    assert values == pytest.approx([5.0, 2.0, alpha * 5 - sigma * 2, 3.0])
-
-
-def test_an_eps_network_at_alpha_zero_is_refused():
-    table = ddpm_table(1000, **SD, rescale_zero_terminal_snr=True)
-    with pytest.raises(ValueError, match="an eps network says nothing at alpha = 0"):
-        NetDenoiser(wavy, table, "eps")(randn(2, 3), torch.tensor([0.5, 1.0]), {})
-
-
-def test_denoisers_refuse_nonsense():
-    with pytest.raises(ValueError, match="unknown target 'velocity'"):
-        NetDenoiser(wavy, TABLE, "velocity")
-    with pytest.raises(ValueError, match=r"answered \(2, 1\) for x \(2, 3\)"):
-        NetDenoiser(lambda x, number, cond: x[:, :1], TABLE, "eps")(randn(2, 3), torch.tensor([0.5, 0.6]), {})
-    with pytest.raises(ValueError, match="same shape"):
-        regression_target("v", TABLE, randn(2, 3), randn(2, 1), torch.tensor([0.5, 0.6]))
-
-
-def test_the_network_receives_the_number_it_was_trained_on():
-    seen = []
-
-    def net(x, number, cond):
-        seen.append((x.dtype, number.tolist()))
-        return x.float()
-
-    t = torch.tensor([0.001, 1.0])
-    NetDenoiser(net, TABLE, "eps", dtype=torch.bfloat16)(randn(2, 3), t, {})
-    NetDenoiser(net, FLOW, "flow")(randn(2, 3), t, {})
-    assert seen == [(torch.bfloat16, [0, 999]), (torch.float32, [1.0, 1000.0])]
-
-
-def test_a_consistency_model_keeps_its_boundary():
-    denoiser = ConsistencyDenoiser(NetDenoiser(wavy, TABLE, "eps"))
-    x, t = randn(2, 3), torch.tensor([0.001, 0.021])
-    prediction = denoiser(x, t, {})
-    assert torch.equal(prediction.x0[0], x[0])  # tau = 0: c_skip = 1, c_out = 0
-    alpha, sigma = TABLE.alpha(t)[1], TABLE.sigma(t)[1]
-    inner, scaled = (x[1] - sigma * wavy(x[1:], torch.tensor([20]), {})[0]) / alpha, 200.0
-    wanted = 0.25 / (scaled**2 + 0.25) * x[1] + scaled / math.sqrt(scaled**2 + 0.25) * inner
-    torch.testing.assert_close(prediction.x0[1], wanted, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(alpha * prediction.x0[1] + sigma * prediction.eps[1], x[1], rtol=1e-6, atol=1e-6)
-
-
-def test_consistent_never_divides_by_zero():
-    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
-    assert consistent(torch.tensor([[9.0]]), torch.tensor([[2.0]]), one, zero) == Prediction(
-        torch.tensor([[2.0]]), zero
-    )
-    assert consistent(torch.tensor([[9.0]]), torch.tensor([[2.0]]), zero, one).eps.item() == 2.0

@@ -179,7 +179,13 @@ def check_rewards(texts: Sequence[str]) -> list[RewardSpec]:
         raise BadInput(f"reward {sorted(twice)[0]} is given twice; give it once, with a weight such as =2")
     if not any(spec.weight for spec in specs):
         raise BadInput(f"reward is {' '.join(texts) or 'empty'}; wanted at least one with a weight that is not 0")
-    return [_checked(spec) for spec in specs]
+    return _told_apart([_checked(spec) for spec in specs])
+
+
+def _told_apart(specs: list[RewardSpec]) -> list[RewardSpec]:
+    """A user's function that shares its name with another reward is called MODULE:FUNCTION."""
+    names = [spec.name for spec in specs]
+    return [spec if spec.packaged or names.count(spec.name) < 2 else replace(spec, name=spec.text) for spec in specs]
 
 
 def _checked(spec: RewardSpec) -> RewardSpec:
@@ -193,9 +199,11 @@ def _checked(spec: RewardSpec) -> RewardSpec:
 def build_reward(spec: RewardSpec, model: str, device: torch.device) -> Reward:
     """The reward itself. Raises RewardError (a ValueError), in one sentence, when its weights cannot be loaded."""
     if spec.call is not None:
+        from tropism.base import Reward
         from tropism.rewards import as_reward
 
-        return as_reward(spec.call, name=spec.name)
+        declared = spec.call.differentiable if isinstance(spec.call, Reward) else None
+        return as_reward(spec.call, spec.name, declared)
     source = spec.source and str(Path(spec.source).expanduser())
     if spec.name == "clip" and source is None and model in SHIPPED:
         source = str(WEIGHTS / SHIPPED_CLIP)

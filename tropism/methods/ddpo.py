@@ -29,7 +29,7 @@ from tropism.methods.settings import PolicyGradientSettings
 from tropism.policy import Policy, reward_statistics, run_chains, score_latents
 from tropism.randomness import row_generators, row_seeds
 from tropism.rollout import Cells, gather, slices, trainable
-from tropism.samplers import DDIM, FlowSDE
+from tropism.samplers import DDIM, FlowSDE, noise_until
 from tropism.schedules import RectifiedFlow
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -172,7 +172,7 @@ def build(
     """DDPO with any kernel and credit: what the methods that share this file differ in."""
     explore = settings.exploration()
     return DDPO(
-        settings.policy(model, kernel, explore, detach_null),
+        settings.policy(model, noise_until(kernel, settings.noise_until), explore, detach_null),
         reward,
         credit=credit,
         objective=importance(settings.clip) if settings.clip else score_function,

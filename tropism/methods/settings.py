@@ -80,7 +80,12 @@ class ExploreSettings(MethodSettings):
     def check(self) -> None:
         """As MethodSettings, and the exploration's own ranges."""
         super().check()
-        self.exploration()
+        low, high = self.explore_weights
+        if not 0 <= low <= high:
+            raise ValueError(f"explore_weights is {low} {high}; wanted two numbers of at least 0, the smaller first")
+        for name in ("explore_until", "explore_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,9 @@ class PolicyGradientSettings(ExploreSettings):
     kl_weight: float = 0.0
     """Weight of the KL to the model before training (DPOK)."""
     move_fraction: float = 1.0
-    """Share of each chain's moves that are trained on."""
+    """Share of each chain's random moves that are trained on."""
+    noise_until: float = 0.0
+    """The time (1 is noise, 0 is clean) from which moves are deterministic, hence not trained on."""
     group_relative: bool = False
     """Advantages within the group of this step instead of running per-prompt statistics."""
 
@@ -116,6 +123,8 @@ class PolicyGradientSettings(ExploreSettings):
             )
         if not 0 < self.move_fraction <= 1:
             raise ValueError(f"move_fraction is {self.move_fraction}; wanted above 0, up to 1")
+        if not 0 <= self.noise_until < 1:
+            raise ValueError(f"noise_until is {self.noise_until}; wanted 0 to below 1: a policy needs a random move")
         if self.group_relative and self.images_per_prompt < 2:
             raise ValueError(
                 f"images_per_prompt is {self.images_per_prompt}; wanted at least 2 with group_relative: a group of one "
