@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import side_by_side as common
+import side_by_side
+import worker
 
 LR = 1e-3
 
 
 def parse() -> argparse.Namespace:
-    flags = common.parser(__doc__)
+    flags = side_by_side.parser(__doc__)
     flags.add_argument("--images", type=int, default=32, help="of one iteration, which is one optimizer step")
     flags.add_argument("--batch", type=int, default=16, help="images of one backward pass")
     flags.add_argument("--window", type=int, default=10, help="last sampling steps that carry the gradient")
@@ -54,7 +55,7 @@ class Trl:
             truncated_backprop_timestep=args.steps - args.window,
         )
         pipeline = DefaultDDPOStableDiffusionPipeline(args.pipeline)
-        self.trainer = AlignPropTrainer(config, common.trl_reward, common.TurningPrompts(args.images), pipeline)
+        self.trainer = AlignPropTrainer(config, worker.trl_reward, worker.TurningPrompts(args.images), pipeline)
         self.images, self.global_step = args.images, 0
 
     def iterate(self) -> int:
@@ -67,8 +68,8 @@ class Trl:
         """Clocks around TRL's own parts."""
         trainer, found = self.trainer, Counter[str]()
         hooks = [
-            common.count_calls(trainer.sd_pipeline.unet, found),
-            common.count_updates(trainer.optimizer.optimizer, found),
+            worker.count_calls(trainer.sd_pipeline.unet, found),
+            worker.count_updates(trainer.optimizer.optimizer, found),
         ]
         places = [
             (trainer, "_generate_samples", "sampling"),
@@ -76,7 +77,7 @@ class Trl:
             (trainer, "compute_rewards", "decoding and reward"),
             (trainer.accelerator, "backward", "backward"),
         ]
-        with common.clocked(found, places):
+        with worker.clocked(found, places):
             yield found
         for hook in hooks:
             hook.remove()
@@ -93,7 +94,7 @@ class Tropism:
         from tropism.methods.draft import Settings
         from tropism.rewards.callables import as_reward
 
-        self.model = common.load_model(args, plain)
+        self.model = worker.load_model(args, plain)
         if not args.keep:
             self.model.enable_gradient_checkpointing()
         settings = Settings(
@@ -105,10 +106,10 @@ class Tropism:
             k=args.window,
         )
         settings.check()
-        reward = as_reward(common.redness, "redness", differentiable=True)
+        reward = as_reward(worker.redness, "redness", differentiable=True)
         self.method = settings.build(self.model, reward, torch.Generator().manual_seed(args.seed + 1))
-        self.optimizer = common.optimizer_of(self.model.parameters(), LR)
-        self.batch = Prompts(common.prompts(args.images), torch.arange(args.images), {})
+        self.optimizer = worker.optimizer_of(self.model.parameters(), LR)
+        self.batch = Prompts(worker.prompts(args.images), torch.arange(args.images), {})
         self.accelerator, self.images = Accelerator(cpu=True), args.images
 
     def iterate(self) -> int:
@@ -125,23 +126,23 @@ class Tropism:
 
         found = Counter[str]()
         hooks = [
-            common.count_calls(self.model._network(), found),
-            common.count_updates(self.optimizer, found),
+            worker.count_calls(self.model._network(), found),
+            worker.count_updates(self.optimizer, found),
         ]
         places = [
             (self.method, "_sample", "sampling"),
             (self.method, "_scored", "decoding and reward"),
             (train, "_one_batch", "backward"),
         ]
-        with common.clocked(found, places):
+        with worker.clocked(found, places):
             yield found
         for hook in hooks:
             hook.remove()
 
     def floor(self, args: argparse.Namespace) -> dict[str, Any]:
         """Every step once forward, the steps of the window once backward (nothing twice), and the decoder likewise."""
-        flops, rows = common.network_flops(args), 1 if args.guidance == 1 else 2
-        rates = common.rates(args.precision)
+        flops, rows = worker.network_flops(args), 1 if args.guidance == 1 else 2
+        rates = worker.rates(args.precision)
         # The first step of the window starts from latents without a graph; all others pass the gradient on to theirs.
         backward = args.window * (flops["through"] - flops["forward"])
         backward -= flops["through"] - flops["training"]
@@ -157,16 +158,18 @@ def main() -> None:
     args = parse()
     if args.worker is None:
         what = f"{args.images} images of {args.steps} steps, guidance {args.guidance:g}, batches of {args.batch}"
-        common.drive(args, f"AlignProp: {what}, gradient through the last {args.window}, LoRA of rank {args.rank}")
+        side_by_side.drive(
+            args, f"AlignProp: {what}, gradient through the last {args.window}, LoRA of rank {args.rank}"
+        )
         return
     import torch
 
     torch.set_num_threads(args.threads)
     if args.worker == "trl":
-        common.serve(Trl(args), dict)
+        worker.serve(Trl(args), dict)
     else:
         side = Tropism(args, plain=args.worker == "plain")
-        common.serve(side, lambda: side.floor(args))
+        worker.serve(side, lambda: side.floor(args))
 
 
 if __name__ == "__main__":

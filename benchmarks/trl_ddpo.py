@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import side_by_side as common
+import side_by_side
+import worker
 
 LR = 3e-4
 
 
 def parse() -> argparse.Namespace:
-    flags = common.parser(__doc__)
+    flags = side_by_side.parser(__doc__)
     flags.add_argument("--images", type=int, default=64, help="of one iteration")
     flags.add_argument("--batch", type=int, default=32, help="images sampled at once, and cells of one backward pass")
     flags.add_argument("--updates", type=int, default=2, help="optimizer steps of one iteration")
@@ -51,7 +52,7 @@ class Trl:
             train_learning_rate=LR,
         )
         pipeline = DefaultDDPOStableDiffusionPipeline(args.pipeline)
-        self.trainer = DDPOTrainer(config, common.trl_reward, common.TurningPrompts(args.images), pipeline)
+        self.trainer = DDPOTrainer(config, worker.trl_reward, worker.TurningPrompts(args.images), pipeline)
         self.images, self.global_step = args.images, 0
 
     def iterate(self) -> int:
@@ -64,8 +65,8 @@ class Trl:
         """Clocks around TRL's own three parts."""
         trainer, found = self.trainer, Counter[str]()
         hooks = [
-            common.count_calls(trainer.sd_pipeline.unet, found),
-            common.count_updates(trainer.optimizer.optimizer, found),
+            worker.count_calls(trainer.sd_pipeline.unet, found),
+            worker.count_updates(trainer.optimizer.optimizer, found),
         ]
         places = [
             (trainer, "_generate_samples", "sampling"),
@@ -73,7 +74,7 @@ class Trl:
             (trainer, "compute_rewards", "decoding and reward"),
             (trainer, "_train_batched_samples", "training"),
         ]
-        with common.clocked(found, places):
+        with worker.clocked(found, places):
             yield found
         for hook in hooks:
             hook.remove()
@@ -90,7 +91,7 @@ class Tropism:
         from tropism.methods.ddpo import Settings
         from tropism.rewards.callables import as_reward
 
-        self.model = common.load_model(args, plain)
+        self.model = worker.load_model(args, plain)
         settings = Settings(
             inference_steps=args.steps,
             minibatch=args.batch,
@@ -99,10 +100,10 @@ class Tropism:
             learning_rate=LR,
         )
         settings.check()
-        reward = as_reward(common.redness, "redness")
+        reward = as_reward(worker.redness, "redness")
         self.method = settings.build(self.model, reward, torch.Generator().manual_seed(args.seed + 1))
-        self.optimizer = common.optimizer_of(self.model.parameters(), LR)
-        self.batch = Prompts(common.prompts(args.images), torch.arange(args.images) % len(common.WORDS), {})
+        self.optimizer = worker.optimizer_of(self.model.parameters(), LR)
+        self.batch = Prompts(worker.prompts(args.images), torch.arange(args.images) % len(worker.WORDS), {})
         self.accelerator, self.images = Accelerator(cpu=True), args.images
 
     def iterate(self) -> int:
@@ -120,23 +121,23 @@ class Tropism:
 
         found = Counter[str]()
         hooks = [
-            common.count_calls(self.model._network(), found),
-            common.count_updates(self.optimizer, found),
+            worker.count_calls(self.model._network(), found),
+            worker.count_updates(self.optimizer, found),
         ]
         places = [
             (ddpo, "run_chains", "sampling"),
             (ddpo, "score_latents", "decoding and reward"),
             (train, "_one_batch", "training"),
         ]
-        with common.clocked(found, places):
+        with worker.clocked(found, places):
             yield found
         for hook in hooks:
             hook.remove()
 
     def floor(self, args: argparse.Namespace) -> dict[str, Any]:
         """Every state of a chain is seen once to sample and once to train, by two rows with guidance."""
-        flops, rows = common.network_flops(args), 1 if args.guidance == 1 else 2
-        rates = common.rates(args.precision)
+        flops, rows = worker.network_flops(args), 1 if args.guidance == 1 else 2
+        rates = worker.rates(args.precision)
         return {
             "flops_per_image": args.steps * rows * (flops["forward"] + flops["training"]) + flops["decode"],
             "of_what": f"{args.steps} steps x {rows} rows x (sampled once, trained once), decoded once",
@@ -149,16 +150,16 @@ def main() -> None:
     args = parse()
     if args.worker is None:
         what = f"{args.images} images of {args.steps} steps, guidance {args.guidance:g}, batches of {args.batch}"
-        common.drive(args, f"DDPO: {what}, {args.updates} updates, LoRA of rank {args.rank}")
+        side_by_side.drive(args, f"DDPO: {what}, {args.updates} updates, LoRA of rank {args.rank}")
         return
     import torch
 
     torch.set_num_threads(args.threads)
     if args.worker == "trl":
-        common.serve(Trl(args), dict)
+        worker.serve(Trl(args), dict)
     else:
         side = Tropism(args, plain=args.worker == "plain")
-        common.serve(side, lambda: side.floor(args))
+        worker.serve(side, lambda: side.floor(args))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import torch
 
-from tropism.schedules import RectifiedFlow, ddpm_table
+from tropism.schedules import RectifiedFlow, ddpm_table, flow_grid
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 TABLE, FLOW = ddpm_table(1000, **SD), RectifiedFlow()
@@ -16,3 +16,9 @@ def wavy(x, number, cond):
     """A network that no kernel can be right about by accident."""
     number = number.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
     return 0.9 * x + 0.3 * torch.sin(3 * x + number / 150)
+
+
+def flow_rows():
+    """Five rows at different times of one shifted grid, the first at pure noise and the last at the last step."""
+    grid = flow_grid(10, 3.0)
+    return grid, grid[[0, 1, 4, 8, 9]], grid[[1, 2, 5, 9, 10]]

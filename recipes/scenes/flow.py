@@ -123,7 +123,7 @@ def prepare(network: Network) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=6000)
+    args = arguments(__doc__, steps=3500).parse_args()
     torch.manual_seed(args.seed)
     text = text_config(build_tokenizer(), WIDTH, 3, projection=WIDTH)
     network = Network(build_transformer(), CLIPTextModelWithProjection(text), CLIPTextModelWithProjection(text)).eval()
