@@ -45,9 +45,15 @@ def main() -> None:
             by_kind[parse(text).kind].append(verdict.passed)
             for part, holds in verdict.parts.items():
                 by_part[part].append(holds)
-        rate = {name: round(sum(v) / len(v), 3) for name, v in sorted({**by_kind, **by_part}.items())}
+        kinds, parts = (
+            {name: round(sum(held) / len(held), 3) for name, held in sorted(table.items())}
+            for table in (by_kind, by_part)
+        )
         passed = sum(v.passed for v in verdicts) / len(verdicts)
-        print(f"guidance {guidance}: passed {passed:.3f} {rate}, {len(texts) / seconds:.1f} images/s", flush=True)
+        print(
+            f"guidance {guidance}: passed {passed:.3f} {kinds}, parts {parts}, {len(texts) / seconds:.1f} images/s",
+            flush=True,
+        )
     if args.sheet:
         grid = (images[:64].permute(0, 2, 3, 1) * 255).round().byte().numpy()
         side = images.shape[-1]

@@ -91,8 +91,16 @@ def arguments(description: str | None, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (a C++ compiler is needed)")
     parser.add_argument("--export", action="store_true", help="only write the pipeline of the saved state")
+    parser.add_argument("--start", type=Path, help="folder whose averaged weights to start from; none: random ones")
     parser.add_argument("--pairs", type=float, help="share of captions with two objects; none: as in the data")
     return parser
+
+
+def start_from(args: argparse.Namespace, network: nn.Module) -> None:
+    """``network`` gets the averaged weights that were saved in ``args.start``."""
+    saved = Stepper(network, args.lr, args.steps)
+    saved.load(args.start)
+    saved.average.copy_to(network)
 
 
 def rows_of(ids: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:

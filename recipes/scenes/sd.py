@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from fit import Stepper, arguments, fit
+from fit import Stepper, arguments, fit, start_from
 from text import build_tokenizer, text_config
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -111,14 +111,11 @@ def prepare(network: Network) -> None:
 def main() -> None:
     parser = arguments(__doc__, steps=4800)
     parser.add_argument("--noisy", type=float, default=0.0, help="share of times drawn from the noisiest 30 %%")
-    parser.add_argument("--start", type=Path, help="folder whose averaged weights to start from; none: random ones")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     network = Network(build_unet(), CLIPTextModel(text_config(build_tokenizer(), WIDTH, 3))).eval()
     if args.start:
-        first = Stepper(network, args.lr, args.steps)
-        first.load(args.start)
-        first.average.copy_to(network)
+        start_from(args, network)
     stepper = Stepper(network, args.lr, args.steps)
     alphas = scheduler().alphas_cumprod
     if args.export:
