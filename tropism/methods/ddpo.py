@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tropism.base import Kernel, Loss, Prompts, Reward, Rollout, TextToImage
+from tropism.base import Kernel, Loss, Prompts, Reward, Rollout, TextToImage, Transition
 from tropism.credit import Credit, group_relative, per_prompt
 from tropism.explore import Exploration
 from tropism.losses import policy as losses
@@ -31,6 +31,7 @@ from tropism.randomness import row_generators, row_seeds
 from tropism.rollout import Cells, gather, slices, trainable
 from tropism.samplers import DDIM, FlowSDE, noise_until
 from tropism.schedules import RectifiedFlow
+from tropism.transitions import Gaussian
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """objective(log_prob (N,), acting log_prob (N,), advantage (N,)) -> (N,), to be minimised."""
@@ -51,7 +52,8 @@ class DDPO:
     """``minibatch`` cells a backward pass, ``updates`` optimizer steps a pass, ``inner_epochs`` passes over a rollout
     and ``move_fraction`` of its moves (drawn per image), advantages clamped to +-``max_advantage``. ``same_noise``
     starts the images of a group from one noise; ``skip_last`` leaves the last move out where a kernel draws noise that
-    is only ever seen as noise.
+    is only ever seen as noise. ``noise_weighting`` multiplies a move's term by its standard deviation, as TempFlow-GRPO
+    (2508.04324): the gradient of a log-probability grows as the noise shrinks, so that late moves drown the early ones.
     """
 
     policy: Policy
@@ -65,6 +67,7 @@ class DDPO:
     max_advantage: float = 5.0
     per_dimension: bool = True
     kl_weight: float = 0.0
+    noise_weighting: bool = False
     same_noise: bool = False
     skip_last: bool = False
     explore: Exploration | None = None
@@ -106,7 +109,8 @@ class DDPO:
         log_ratio = (now - acting).detach()
         if cells.on_policy:
             self._check_ratio(log_ratio)
-        total = self.objective(now, acting, cells.advantage).sum()
+        advantage = cells.advantage * _noise(law) if self.noise_weighting else cells.advantage
+        total = self.objective(now, acting, advantage).sum()
         metrics = {"approx_kl": 0.5 * log_ratio.square().mean(), "ratio_max": log_ratio.exp().max()}
         if self.kl_weight:
             with torch.no_grad(), self.policy.model.reference():
@@ -128,6 +132,13 @@ class DDPO:
     def after_step(self) -> None:
         """The policy has moved: ratios may differ from 1 until the next rollout."""
         self._updated = True
+
+
+def _noise(law: Transition) -> Tensor:
+    """(B,) the standard deviation, which must be one a row."""
+    if not isinstance(law, Gaussian) or law.std.ndim != 1:
+        raise TypeError(f"noise_weighting needs Gaussian moves with one std a row; got {type(law).__name__}")
+    return law.std
 
 
 @dataclass(frozen=True)
@@ -181,6 +192,7 @@ def build(
         inner_epochs=settings.inner_epochs,
         move_fraction=settings.move_fraction,
         kl_weight=settings.kl_weight,
+        noise_weighting=settings.noise_weighting,
         same_noise=same_noise,
         skip_last=skip_last,
         explore=explore,

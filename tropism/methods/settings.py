@@ -104,6 +104,8 @@ class PolicyGradientSettings(ExploreSettings):
     """Share of each chain's random moves that are trained on."""
     noise_until: float = 0.0
     """The time (1 is noise, 0 is clean) from which moves are deterministic, hence not trained on."""
+    noise_weighting: bool = False
+    """Weigh every move by its noise, so that late moves do not drown the early ones, which decide the layout."""
     group_relative: bool = False
     """Advantages within the group of this step instead of running per-prompt statistics."""
 

@@ -8,7 +8,8 @@ The twin is a copy of the module tree that shares every tensor; nothing of the o
   layer's product adds it. Only x is kept for the backward pass. PEFT passes over inputs and outputs several times more;
 - a frozen feed-forward gate keeps its two halves apart and computes GELU again in the backward pass instead of keeping
   it; in float32 and without a graph, GELU and the product with it happen inside the matrix products;
-- attention over few keys is written out in bfloat16, where the backward pass of torch's fused kernel is slow.
+- attention over few keys is written out in bfloat16, where the backward pass of torch's fused kernel is slow;
+- Stable Diffusion 3 computes equal context tokens once (see ``joint_attention``).
 
 Results differ from the original's by rounding, and do not depend on whether a graph is kept. In bfloat16 a LoRA's
 weights stay float32 and what is multiplied are bfloat16 copies, as under autocast; against float32 the network is then
@@ -23,13 +24,13 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-FEW_KEYS = 256
+from tropism.models.joint_attention import FEW_KEYS, MergedContext
 
 
 def twin_pays(net: nn.Module) -> bool:
@@ -52,6 +53,8 @@ def twin(net: nn.Module) -> nn.Module:
     processor: Any = getattr(copied, "processor", None)
     if type(processor) is AttnProcessor2_0:
         copied.processor = ShortAttention()  # type: ignore[assignment]
+    if type(processor) is JointAttnProcessor2_0:
+        copied.processor = MergedContext()  # type: ignore[assignment]
     return copied
 
 

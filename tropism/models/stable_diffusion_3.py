@@ -1,8 +1,7 @@
 """Stable Diffusion 3 and 3.5 (diffusers' ``StableDiffusion3Pipeline``): a transformer for eps - x0 on a straight path.
 
 Without a third text encoder diffusers appends ``max_sequence_length`` (256) rows of zeros where T5's tokens would be,
-and so does this, because the pipeline itself encodes. Not built, but exact: those rows are equal, have no positions and
-are never masked, so they stay equal through every layer and could be one row whose attention logit gains log(256).
+and so does this, because the pipeline itself encodes. On a CPU they are computed once: see ``joint_attention``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from tropism.base import Cond
 from tropism.denoisers import NetDenoiser
+from tropism.models.joint_attention import equal_at_the_end, merges_context
 from tropism.models.latent_pipeline import LatentPipeline
 from tropism.schedules import RectifiedFlow, flow_grid
 
@@ -74,11 +74,14 @@ class StableDiffusion3(LatentPipeline):
         return float(low + (high - low) * (patches - few) / (many - few))
 
     def _predict(self, net: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
+        context = cond["prompt_embeds"]
+        repeats = equal_at_the_end(context) if merges_context(net) else 1
         output: Tensor = net(
             hidden_states=x,
             timestep=tau,
-            encoder_hidden_states=cond["prompt_embeds"],
+            encoder_hidden_states=context[:, : context.shape[1] - repeats + 1],
             pooled_projections=cond["pooled"],
+            joint_attention_kwargs={"repeats": repeats} if repeats > 1 else None,
             return_dict=False,
         )[0]
         return output
