@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from methods import PROMPTS, Off, batch, toy
@@ -13,6 +15,7 @@ from tropism.methods import dance_grpo, ddpo, flow_grpo
 from tropism.methods.ddpo import score_function
 from tropism.samplers import DDIM, FlowSDE
 from tropism.train import train
+from tropism.transitions import Gaussian
 
 
 def test_images_of_a_group_start_from_one_noise_or_each_from_its_own():
@@ -36,6 +39,35 @@ def test_move_fraction_and_the_last_move():
     assert len(s) == 32 * 6 and s.min() > 0
     places = {(*x.tolist(), t) for part in cells for x, t in zip(part.x, part.t.tolist(), strict=True)}
     assert len(places) == 32 * 6 and max(len(part.s) for part in cells) == 50
+
+
+def test_noise_until_trains_the_early_moves_and_weighting_counts_them_by_their_noise():
+    model = toy()
+    method = method_on(model, noise_until=0.5, noise_weighting=True)
+    (minibatches,) = method.experience(batch(2))
+    (cells,) = minibatches
+    assert cells.t.min() > 0.5 and len(cells.t.unique()) == int((model.grid(10)[:-1] > 0.5).sum())
+    law, _ = DDIM(1.0)(method.policy.denoiser, cells.x, cells.t, cells.s, cells.cond)
+    weighted = dataclasses.replace(cells, advantage=cells.advantage * law.std)
+    assert law.std.unique().numel() > 1
+    total = method.loss(cells).total
+    method.noise_weighting = False
+    torch.testing.assert_close(total, method.loss(weighted).total, rtol=1e-6, atol=0)
+    assert not torch.isclose(total, method.loss(cells).total)
+
+
+def test_weighting_by_noise_needs_a_noise():
+    method = method_on(toy(), noise_weighting=True)
+    (minibatches,) = method.experience(batch(1))
+    (cells,) = minibatches
+
+    def kernel(denoiser, x, t, s, cond):
+        law, prediction = DDIM(1.0)(denoiser, x, t, s, cond)
+        return Gaussian(law.mean, law.std[:, None]), prediction
+
+    method.policy = method.policy.with_(kernel=kernel)
+    with pytest.raises(TypeError, match="one std a row; got Gaussian"):
+        method.loss(cells)
 
 
 def test_an_epoch_has_every_cell_once_in_as_many_updates_as_asked_even_when_there_are_few_cells():
