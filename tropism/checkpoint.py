@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with the adapter (as ``save_adapter`` writes it, so it can be drawn with),
 ``state.safetensors`` (the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``) and
-``state.json`` (the step, the optimizer's settings, and what the method remembers).
+``state.json`` (the step, the optimizer's settings, what the method remembers, and what the run says of itself).
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     method: Any,
     ema: Ema | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``folder/step-<step>`` and removes all but the last two. Whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +51,7 @@ def save_checkpoint(
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new / "state.safetensors"
         )
-        state = {"step": step, "optimizer": settings, "method": method_state(method)}
+        state = {"step": step, "optimizer": settings, "method": method_state(method), "run": dict(run or {})}
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
@@ -56,6 +59,40 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
     return final
+
+
+def load_checkpoint(
+    folder: Path, model: LatentPipeline, optimizer: torch.optim.Optimizer, method: Any, ema: Ema | None = None
+) -> dict[str, Any]:
+    """Puts everything back as it was at ``save_checkpoint`` and returns its ``run``, with the ``step``.
+
+    Raises ValueError, in one sentence, for a checkpoint that is not whole or not of this run's kind.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "state.safetensors")
+        step, settings, remembered, run = (state[name] for name in ("step", "optimizer", "method", "run"))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint {folder} is not whole ({error}); go on from another") from error
+    generator = getattr(method, "generator", None)
+    wanted = {"generator": isinstance(generator, torch.Generator), "ema/updates": ema is not None}
+    for name, needed in wanted.items():
+        if needed != (name in tensors):
+            raise ValueError(
+                f"the checkpoint {folder} has {'no' if needed else 'a'} {name}; it is of another kind of run"
+            )
+    holders = method_holders(method)
+    if set(holders) != set(remembered):
+        raise ValueError(f"the checkpoint {folder} remembers {sorted(remembered)}; wanted {sorted(holders)}")
+    model.load_adapter(folder)
+    load_optimizer(optimizer, tensors, settings)
+    if isinstance(generator, torch.Generator):
+        generator.set_state(tensors["generator"])
+    if ema is not None:
+        ema.load_state_dict(under("ema", tensors))
+    for name, holder in holders.items():
+        holder.load_state_dict(remembered[name])
+    return {"step": step, **run}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -74,8 +111,29 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, state["param_groups"]
 
 
-def method_state(method: Any) -> dict[str, Any]:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], settings: list[dict[str, Any]]
+) -> None:
+    """The other way round. Raises ValueError for another number of parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in under("optimizer", tensors).items():
+        parameter, entry = name.split("/")
+        state.setdefault(int(parameter), {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries below ``name/``, without it."""
+    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+
+
+def method_holders(method: Any) -> dict[str, Any]:
     """What a method remembers from step to step: its own ``state_dict``, or that of its credit's statistics."""
     stats = getattr(getattr(method, "credit", None), "stats", None)
     holders: dict[str, Any] = {"method": method, "statistics": stats}
-    return {name: holder.state_dict() for name, holder in holders.items() if hasattr(holder, "state_dict")}
+    return {name: holder for name, holder in holders.items() if hasattr(holder, "state_dict")}
+
+
+def method_state(method: Any) -> dict[str, Any]:
+    """Its state, as plain values."""
+    return {name: holder.state_dict() for name, holder in method_holders(method).items()}

@@ -113,7 +113,9 @@ def _train(words: list[str]) -> None:
         shared = flags.settings_of(TrainSettings, SHARED)
         print(flags.build_parser("tropism train METHOD", f"METHOD is one of {methods}.", shared).format_help())
         return
-    found = _train_settings(words[0], words[1:], "train")
+    from tropism.resume import with_its_config
+
+    found = _train_settings(words[0], with_its_config(words[1:], words[0].replace("_", "-")), "train")
     if found is not None:
         from tropism.commands import run_train
 

@@ -82,6 +82,8 @@ class TrainSettings(DeviceSettings):
     """Decay of an average of the trained weights, which is what is evaluated and saved; 0: no average."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
+    resume: str | None = None
+    """A run's folder, one of its checkpoints, or latest: go on with that run, in its folder, with its settings."""
     report_to: str = "none"
     """Trackers, separated by commas: tensorboard, wandb, trackio, comet_ml, aim, mlflow, clearml, dvclive, swanlab."""
 
@@ -191,12 +193,18 @@ def require(condition: bool, name: str, value: Any, wanted: str) -> None:
         raise BadInput(f"{name} is {value}; wanted {wanted}")
 
 
-def save_config(file: Path, method: str, settings: TrainSettings, method_settings: Any) -> None:
-    """Everything needed to run again, but for the folder: a run is never written over another."""
-    entries = {name: value for name, value in asdict(settings).items() if name != "out"} | asdict(method_settings)
+def config_entries(method: str, settings: TrainSettings, method_settings: Any) -> dict[str, Any]:
+    """Everything needed to run again, as YAML keeps it, but for the folder: a run is never written over another."""
+    entries = asdict(settings) | asdict(method_settings)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
+    return {"method": method} | {name: value for name, value in plain.items() if name not in ("out", "resume")}
+
+
+def save_config(file: Path, method: str, settings: TrainSettings, method_settings: Any) -> None:
+    """``config_entries`` as a YAML file."""
     head = f"# tropism {__version__}; run again with: tropism train {method} --config {file}\n"
-    file.write_text(head + yaml.safe_dump({"method": method, **plain}, sort_keys=False, allow_unicode=True))
+    entries = config_entries(method, settings, method_settings)
+    file.write_text(head + yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -62,12 +62,22 @@ class Lines:
                 os.truncate(self.file, size)
             raise
 
+    def keep(self, last: int) -> list[dict[str, Any]]:
+        """Removes what was written after step ``last``, and returns the rest."""
+        rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        kept = [row for row in rows if row["step"] <= last]
+        new = self.file.with_suffix(".tmp")
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(new, self.file)
+        return kept
+
 
 class Progress:
     """A bar on a terminal, a line a step elsewhere."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+        self.first = 0  # steps that another run had made
         self.evaluated = math.nan
         self._started = time.perf_counter()
         self._bar: Any = None
@@ -86,7 +96,7 @@ class Progress:
             self._bar.update(number - self._bar.n)
             return
         facts["reward"] += f" (std {std:.3f})"
-        left = (time.perf_counter() - self._started) / number * (self.steps - number)
+        left = (time.perf_counter() - self._started) / (number - self.first) * (self.steps - number)
         said = "  ".join(f"{name} {value}" for name, value in facts.items())
         print(f"step {number}/{self.steps}  {said}  {clock(left)} left", flush=True)
 

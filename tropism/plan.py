@@ -17,6 +17,7 @@ from tropism.catalog import RewardSpec
 from tropism.config import BadInput, DeviceSettings, TrainSettings, one_line
 from tropism.data.prompts import PromptSet
 from tropism.log import check_trackers
+from tropism.resume import check_same, find_run
 from tropism.rewards import RewardError, ScoredReward, Weighted, check_scores
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Plan:
     device: torch.device
     trackers: Sequence[str]
     out: Path
+    resume: Path | None = None  # the checkpoint to go on from
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,32 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
         raise BadInput(
             "this was started as several processes, and training is done by one; start it without a launcher"
         )
+    settings = replace(settings, reward=list(rewards), prompts=prompts, eval_prompts=held_out)
+    out, checkpoint = _places(method, settings, method_settings)
     return Plan(
         method=method,
-        settings=replace(settings, reward=list(rewards), prompts=prompts, eval_prompts=held_out),
+        settings=settings,
         method_settings=method_settings,
         rewards=specs,
         prompts=catalog.read_prompt_set(prompts),
         eval_prompts=catalog.read_prompt_set(held_out, "eval_prompts"),
         device=device,
         trackers=trackers,
-        out=check_out(settings.out, f"{method}-{Path(settings.model).name}"),
+        out=out,
+        resume=checkpoint,
     )
+
+
+def _places(method: str, settings: TrainSettings, method_settings: Any) -> tuple[Path, Path | None]:
+    """(the run's folder, the checkpoint to go on from). Raises BadInput."""
+    if settings.resume is None:
+        return check_out(settings.out, f"{method}-{Path(settings.model).name}"), None
+    run, checkpoint = find_run(settings.resume, method)
+    if settings.out is not None and Path(settings.out).expanduser().resolve() != run.resolve():
+        raise BadInput(f"out is {settings.out}, but a run goes on in its own folder, {run}; leave out out")
+    check_same(run, method, settings, method_settings)
+    check_writable(run)
+    return run, checkpoint
 
 
 def given(value: T | None, name: str, model: str) -> T:

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 
 from tropism import card, pictures
-from tropism.checkpoint import checkpoints, save_checkpoint
+from tropism.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tropism.config import BadInput, RunFailed, one_line, save_config
 from tropism.data.prompts import batches
 from tropism.ema import Ema
@@ -30,7 +30,9 @@ from tropism.evaluate import Evaluation, deterministic, evaluate, first_images, 
 from tropism.log import Lines, Progress, reason, start_trackers
 from tropism.plan import Bench, Plan, as_bad_input, set_up
 from tropism.report import Outcome, compared
+from tropism.resume import fingerprint
 from tropism.rewards import RewardError
+from tropism.stopping import stop_when_asked
 from tropism.train import NothingToLearn, Step, train
 
 FLAT_STEPS = 3  # steps in a row without anything to learn from, after which a run stops
@@ -54,10 +56,13 @@ def execute(plan: Plan) -> Outcome:
     run = Run(plan, bench)
     try:
         run.begin()
-        run.learn()
+        with stop_when_asked(run.progress.say) as run.stop_asked:
+            run.learn()
         return run.finish()
     except BadInput:
         raise
+    except Interrupted as error:
+        raise Interrupted(run.abort(str(error), error)) from error
     except KeyboardInterrupt as error:
         raise Interrupted(run.abort("stopped by the keyboard", error)) from error
     except (RunFailed, RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
@@ -80,16 +85,19 @@ class Run:
         self.progress = Progress(self.settings.steps)
         self.at = self.finished = self.flat = self.images = 0  # at: the last step that was finished or skipped
         self.started = time.perf_counter()
+        self.stop_asked: Callable[[], bool] = lambda: False
         self._accelerator: Accelerator | None = None
         self._new_folders: list[Path] = []
 
     def begin(self) -> None:
         """The first evaluation, then the folder. Raises BadInput, without a folder, when a reward fails there."""
-        with as_bad_input(RewardError):
-            self.before = self.after = self._evaluate()
+        kept = None if self.plan.resume is None else self._load(self.plan.resume)
+        with as_bad_input(RewardError), nullcontext() if kept is None else self.bench.model.reference():
+            self.before = self.after = self._evaluate(averaged=kept is None)
         self.started = time.perf_counter()
-        self._new_folders = [path for path in (self.out, *self.out.parents) if not path.exists()]
-        self.out.mkdir(parents=True, exist_ok=True)
+        if kept is None:
+            self._new_folders = [path for path in (self.out, *self.out.parents) if not path.exists()]
+            self.out.mkdir(parents=True, exist_ok=True)
         save_config(self.out / "config.yaml", self.plan.method, self.settings, self.plan.method_settings)
         self._accelerator = Accelerator(
             cpu=self.plan.device.type == "cpu",
@@ -98,7 +106,34 @@ class Run:
         )
         if self.plan.trackers:
             start_trackers(self._accelerator, asdict(self.settings) | asdict(self.plan.method_settings))
-        self._record({"step": 0, **self._eval_row()})
+        if kept is None:
+            self._record({"step": 0, **self._eval_row()})
+        else:
+            self._go_on(kept)
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        """Everything back as it was; what the checkpoint says of its run. Raises BadInput."""
+        bench = self.bench
+        with as_bad_input(ValueError, OSError):
+            kept = load_checkpoint(checkpoint, bench.model, bench.optimizer, bench.method, bench.ema)
+        if kept["prompts"] != fingerprint(self.plan.prompts):
+            raise BadInput(f"the prompts ({self.settings.prompts}) are not those that {self.out} was trained on")
+        if kept["step"] >= self.settings.steps:
+            raise BadInput(
+                f"steps is {self.settings.steps}; wanted more than the {kept['step']} that {self.out} has made"
+            )
+        return kept
+
+    def _go_on(self, kept: Mapping[str, Any]) -> None:
+        """What was counted and written up to the checkpoint."""
+        self.at = self.finished = self.progress.first = int(kept["step"])
+        self.images, self.flat = int(kept["images"]), int(kept["flat"])
+        self.started -= float(kept["seconds"])
+        self.rows = self.lines.keep(self.at)
+        (self.out / "error.txt").unlink(missing_ok=True)
+        for half in (self.out / "checkpoints").glob(".saving-*"):  # of a process that was killed
+            shutil.rmtree(half)
+        self.progress.say(f"going on after step {self.at} of {self.settings.steps}")
 
     def learn(self) -> None:
         """Trains to the end; goes on after a step without anything to learn from."""
@@ -157,9 +192,17 @@ class Run:
                 row |= self._eval_row()
         finally:
             self._record(row)
-        if self.settings.save_every and self.at % self.settings.save_every == 0:
-            bench, folder = self.bench, self.out / "checkpoints"
-            save_checkpoint(folder, self.at, bench.model, bench.optimizer, bench.method, bench.ema)
+        stopping = self.stop_asked() and not last
+        if stopping or (self.settings.save_every and self.at % self.settings.save_every == 0):
+            self._checkpoint()
+        if stopping:
+            raise Interrupted("stopped when asked to")
+
+    def _checkpoint(self) -> None:
+        bench, seconds = self.bench, time.perf_counter() - self.started
+        said: dict[str, Any] = {"images": self.images, "flat": self.flat, "seconds": seconds}
+        said["prompts"] = fingerprint(self.plan.prompts)
+        save_checkpoint(self.out / "checkpoints", self.at, bench.model, bench.optimizer, bench.method, bench.ema, said)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.lines.append(row)
@@ -172,10 +215,10 @@ class Run:
             sheet = pictures.grid(images, text, notes, f"step {self.at}: mean reward {row['eval_reward']:.3f}")
             pictures.save(sheet, self.out / "samples" / f"step-{self.at:06}.png")
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, averaged: bool = True) -> Evaluation:
         model = self.bench.model
         policy = deterministic(model, model.steps, None, self.plan.method_settings.sample_batch)
-        with self._averaged():
+        with self._averaged() if averaged else nullcontext():
             return evaluate(policy, self.bench.reward, self.eval_prompts, self.settings.eval_seed)
 
     def _eval_row(self) -> dict[str, float]:
@@ -227,6 +270,8 @@ class Run:
         places = (*checkpoints(self.out / "checkpoints")[-1:], self.out / "adapter")
         kept = [path for path in places if any(path.rglob("*.safetensors"))]
         saved = f"; the weights are in {' and '.join(map(str, kept))}" if kept else "; no weights could be saved"
+        if checkpoints(self.out / "checkpoints"):
+            saved += f"; go on with tropism train {self.plan.method} --resume {self.out}"
         return f"{why}, after {self.at} of {self.settings.steps} steps{saved}; the metrics are in {self.lines.file}"
 
     def _remove_folder(self) -> None:
