@@ -15,33 +15,36 @@ from tropism.evaluate import deterministic
 from tropism.models.pipelines import load_pipeline
 from tropism.worlds.scenes import alter, caption, captions, render_batch, sample_scene, verify_batch
 
-SD = catalog.WEIGHTS / "sd"
+SD, FLOW = catalog.WEIGHTS / "sd", catalog.WEIGHTS / "flow"
+both = pytest.mark.parametrize("folder", [SD, FLOW], ids=["sd", "flow"])
 LIMIT = 30 * 2**20  # bytes of one shipped folder
 
 
-@pytest.mark.parametrize("name", ["sd", "clip"])
+@pytest.mark.parametrize("name", ["sd", "flow", "clip"])
 def test_a_shipped_folder_is_small_and_has_nothing_pickled(name):
     files = [file for file in (catalog.WEIGHTS / name).rglob("*") if file.is_file()]
     assert 0 < sum(file.stat().st_size for file in files) <= LIMIT
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
 
-def test_plain_diffusers_draws_without_tropism():
+@both
+def test_plain_diffusers_draws_without_tropism(folder):
     code = f"""
 import sys
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({str(SD)!r})
+pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
 image = pipe("a red circle on a white background", num_inference_steps=2).images[0]
 assert image.size == (64, 64) and not [name for name in sys.modules if name.split(".")[0] == "tropism"]
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/", capture_output=True, timeout=120)
 
 
-def test_our_chain_draws_the_pictures_of_the_pipeline_itself():
-    model, texts = load_pipeline(SD), captions(4, 0, "held_out")
+@both
+def test_our_chain_draws_the_pictures_of_the_pipeline_itself(folder):
+    model, texts = load_pipeline(folder), captions(4, 0, "held_out")
     noise = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     ours = deterministic(model, 20, None, 4).images(texts, x=noise)
-    pipe = DiffusionPipeline.from_pretrained(SD, dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         texts, latents=noise, guidance_scale=model.guidance_scale, num_inference_steps=20, output_type="pt"
@@ -49,10 +52,11 @@ def test_our_chain_draws_the_pictures_of_the_pipeline_itself():
     assert (ours - theirs).abs().max() <= 1e-3
 
 
-def test_single_objects_are_mostly_right():
-    """96 % of 500 are; that 20 or fewer of 24 would be is a chance of 1 in 100."""
+@both
+def test_single_objects_are_mostly_right(folder):
+    """96 % of 500 are, of either; that 20 or fewer of 24 would be is a chance of 1 in 100."""
     texts = captions(24, 1, "held_out", kinds=("single",))
-    policy = deterministic(load_pipeline(SD, dtype=torch.float32), 20, None, 24)
+    policy = deterministic(load_pipeline(folder, dtype=torch.float32), 20, None, 24)
     images = policy.images(texts, torch.Generator().manual_seed(0))
     passed = sum(verdict.passed for verdict in verify_batch(images.numpy(), texts))
     assert passed > 20, f"{passed} of 24"

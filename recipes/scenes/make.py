@@ -18,12 +18,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "tropism" / "worlds" / "scenes" / "weights"
+LONGER = ["--steps", "5000", "--lr", "1.2e-3", "--seed", "1"]  # the flow's second warm-up and decay: see docs/scenes.md
 DEFAULTS = {"sd": {"guidance_scale": 3.0, "steps": 20}, "flow": {"guidance_scale": 3.0, "steps": 20}}
 
 
 def stages(work: Path) -> list[tuple[Path, list[str]]]:
     """(what a stage makes, its command), in order."""
-    vae, latents = work / "vae" / "final", work / "latents.safetensors"
+    vae, latents, first = work / "vae" / "final", work / "latents.safetensors", work / "flow-first"
     data = ["--latents", str(latents), "--vae", str(vae)]
     return [
         (vae / "config.json", ["vae.py", "--out", str(work / "vae"), "--steps", "3000"]),
@@ -32,7 +33,11 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
             work / "sd/pipeline/model_index.json",
             ["sd.py", "--out", str(work / "sd"), "--steps", "4800", "--compile", *data],
         ),
-        (work / "flow/pipeline/model_index.json", ["flow.py", "--out", str(work / "flow"), "--steps", "3500", *data]),
+        (first / "pipeline/model_index.json", ["flow.py", "--out", str(first), "--steps", "3500", *data]),
+        (
+            work / "flow/pipeline/model_index.json",
+            ["flow.py", "--out", str(work / "flow"), "--start", str(first), *LONGER, *data],
+        ),
         (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
     ]
 
