@@ -84,10 +84,10 @@ def evaluate(model: LatentPipeline, reward: Reward, prompts: Sequence[str]) -> f
 
 def run(comparison: Comparison, side: Side, seed: int, precision: torch.dtype) -> list[tuple[int, float]]:
     """(queries so far, held-out reward), from (0, untrained)."""
-    model = catalog.load_model("scenes", precision, torch.device("cpu"))
+    model = catalog.load_model("scenes-sd", precision, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     model.add_lora(16, generator=generator)
-    reward = catalog.build_reward(catalog.parse_reward(comparison.reward), "scenes", torch.device("cpu"))
+    reward = catalog.build_reward(catalog.parse_reward(comparison.reward), "scenes-sd", torch.device("cpu"))
     held_out = list(catalog.read_prompt_set(comparison.held_out).text)
     settings = catalog.method_settings(side.method)(**side.settings)
     settings.check()

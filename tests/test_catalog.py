@@ -139,9 +139,11 @@ def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(catalog, "WEIGHTS", tmp_path)
     with pytest.raises(BadInput, match="not in this installation"):
         catalog.check_model("scenes")
-    (tmp_path / "sd").mkdir()
-    (tmp_path / "sd" / "model_index.json").write_text("{}")
-    assert catalog.check_model("scenes") == catalog.check_model("scenes-sd") == tmp_path / "sd"
+    for name in ("sd", "flow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text("{}")
+    assert catalog.check_model("scenes") == catalog.check_model("scenes-flow") == tmp_path / "flow"
+    assert catalog.check_model("scenes-sd") == tmp_path / "sd"
     assert catalog.own_rewards("scenes") == ["scenes"]
     assert catalog.own_prompts("scenes-flow", held_out=True) == "scenes-held-out"
     assert catalog.own_prompts("owner/model", held_out=False) is None

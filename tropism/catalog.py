@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 WEIGHTS = PACKAGE / "worlds" / "scenes" / "weights"
-SHIPPED: Mapping[str, str] = {"scenes": "sd", "scenes-sd": "sd", "scenes-flow": "flow"}
+SHIPPED: Mapping[str, str] = {"scenes": "flow", "scenes-sd": "sd", "scenes-flow": "flow"}
 SHIPPED_CLIP = "clip"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
@@ -219,6 +219,7 @@ def packaged_rewards() -> dict[str, Packaged]:
     clip = "a CLIP by transformers; SOURCE: folder or hub name"
     return made | {
         "scenes": Packaged(_scenes, "does the picture show what its caption says (scenes captions only)", False),
+        "scenes_pass": Packaged(_scenes_pass, "1 where all that a scenes caption says is shown, else 0", False),
         "clip": Packaged(_from_pretrained("ClipScore"), f"agreement of picture and prompt; {clip}"),
         "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
         "hpsv2": Packaged(_from_pretrained("HPSv2"), f"human preference; {clip}", needs_source=True),
@@ -231,6 +232,13 @@ def _scenes(source: str | None, device: torch.device) -> Reward:
     from tropism.worlds.scenes import verify_batch
 
     return ScenesReward(verify_batch)
+
+
+def _scenes_pass(source: str | None, device: torch.device) -> Reward:
+    from tropism.rewards import ScenesReward
+    from tropism.worlds.scenes import verify_batch
+
+    return ScenesReward(verify_batch, "pass")
 
 
 def _from_pretrained(kind: str) -> Callable[[str | None, torch.device], Reward]:
