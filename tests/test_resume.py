@@ -141,7 +141,7 @@ KILLS = 4
 
 
 def test_killed_at_any_moment(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """kill -9, again and again, and in the end the same weights. The moments are drawn anew in every run of this test."""
+    """kill -9, again and again, and in the end the same weights. The moments are drawn anew each time."""
     words = train_words(steps="40", eval_every="0")
     assert said([*words, "--out", "whole"], capsys).code == 0
     code = "import sys; from tropism.cli import main; sys.exit(main(sys.argv[1:]))"
