@@ -5,10 +5,11 @@ Nothing heavy is imported before the settings have been read: the help of the co
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tropism import __version__
 from tropism.config import BadInput, RunFailed
@@ -16,18 +17,14 @@ from tropism.config import BadInput, RunFailed
 if TYPE_CHECKING:
     from tropism.flags import Setting
 
-HELP = """\
+HEAD = """\
 usage: tropism COMMAND [--SETTING VALUE ...]
 
 Align a generative model with a reward.
 
 commands:
-  demo            train a small model that comes with the package, in minutes
-  train METHOD    train a model (tropism train METHOD --help lists the settings)
-  sample          draw pictures, with or without what was trained
-  eval            score a model, and compare it with its base at equal seeds
-  methods         list the methods and their settings
-
+"""
+TAIL = """
 options:
   --help, -h      this help, or that of a command
   --version       the version
@@ -35,6 +32,32 @@ options:
 Settings are given as flags, or in a file of YAML by --config FILE. With TROPISM_TRACEBACK=1 in the environment an
 error shows where it came from.
 """
+
+
+class Command(NamedTuple):
+    """A command without a method. Modules are named, not imported: a help must not wait for torch."""
+
+    settings: str  # MODULE:CLASS below tropism
+    run: str  # MODULE:FUNCTION below tropism, called with the settings
+    line: str  # in the list of commands
+    about: str  # in its own help
+    leading: str = ""  # the setting that words before the first flag belong to
+
+
+COMMANDS: Mapping[str, Command] = {
+    "sample": Command(
+        "config:SampleSettings",
+        "commands:run_sample",
+        "draw pictures, with or without what was trained",
+        "Draw pictures, one PNG each and all in a grid.",
+    ),
+    "eval": Command(
+        "config:EvalSettings",
+        "commands:run_eval",
+        "score a model, and compare it with its base at equal seeds",
+        "Score a model; with --adapter, compare it with its base.",
+    ),
+}
 SHARED, OWN = "settings of every run", "settings of {}"
 PRESET = "demo.yaml"
 
@@ -64,24 +87,47 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    commands: Mapping[str, Callable[[list[str]], None]] = {
-        "demo": _demo,
-        "train": _train,
-        "sample": _sample,
-        "eval": _eval,
-        "methods": _methods,
-    }
+    special: Mapping[str, Callable[[list[str]], None]] = {"demo": _demo, "train": _train, "methods": _methods}
+    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), "")
     if not words or words[0] in ("--help", "-h", "help"):
-        print(HELP, end="")
+        print(_help(), end="")
     elif words[0] == "--version":
         print(f"tropism {__version__}")
-    elif words[0] in commands:
-        commands[words[0]](words[1:])
+    elif name:
+        _run(name, words[len(name.split()) :])
+    elif words[0] in special:
+        special[words[0]](words[1:])
     else:
         from tropism.config import suggest
 
-        raise BadInput(f"there is no command {words[0]!r}; {suggest(words[0], commands)}")
+        typed = " ".join(words[:2]) if any(each.startswith(f"{words[0]} ") for each in COMMANDS) else words[0]
+        raise BadInput(f"there is no command {typed!r}; {suggest(typed, [*special, *COMMANDS])}")
     return 0
+
+
+def _help() -> str:
+    lines = {
+        "demo": "train a small model that comes with the package, in minutes",
+        "train METHOD": "train a model (tropism train METHOD --help lists the settings)",
+        **{" ".join([name, each.leading.upper()]).strip(): each.line for name, each in COMMANDS.items()},
+        "methods": "list the methods and their settings",
+    }
+    return HEAD + "".join(f"  {name:<15} {line}\n" for name, line in lines.items()) + TAIL
+
+
+def _run(name: str, words: list[str]) -> None:
+    """A command of the table."""
+    command = COMMANDS[name]
+    if command.leading and words and not words[0].startswith("-"):
+        words = [f"--{command.leading.replace('_', '-')}", *words]
+    settings = _read(_named(command.settings), words, name, command.about)
+    if settings is not None:
+        _named(command.run)(settings)
+
+
+def _named(text: str) -> Any:
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(f"tropism.{module}"), name)
 
 
 def _asks_help(words: Sequence[str]) -> bool:
@@ -164,26 +210,6 @@ def _demo(words: list[str]) -> None:
     from tropism.commands import run_demo
 
     run_demo(*found)
-
-
-def _sample(words: list[str]) -> None:
-    from tropism.config import SampleSettings
-
-    settings = _read(SampleSettings, words, "sample", "Draw pictures, one PNG each and all in a grid.")
-    if settings is not None:
-        from tropism.commands import run_sample
-
-        run_sample(settings)
-
-
-def _eval(words: list[str]) -> None:
-    from tropism.config import EvalSettings
-
-    settings = _read(EvalSettings, words, "eval", "Score a model; with --adapter, compare it with its base.")
-    if settings is not None:
-        from tropism.commands import run_eval
-
-        run_eval(settings)
 
 
 def _methods(words: list[str]) -> None:
