@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import Average, Log, cosine, load_state, minibatches, save_state
 from safetensors.torch import load_file
-from text import build_tokenizer
 from torch import Tensor, nn
-
-RELATIONS = ("left", "right", "above", "below")
 
 LossOf = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 """loss(network, latents (N, 8, 8, 8) float32, token ids (N, L), generator) -> ()."""
@@ -80,7 +77,7 @@ class Stepper:
         return float(norm)
 
 
-def arguments(description: str | None, steps: int) -> argparse.ArgumentParser:
+def arguments(description: str | None, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
@@ -92,30 +89,16 @@ def arguments(description: str | None, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (a C++ compiler is needed)")
     parser.add_argument("--export", action="store_true", help="only write the pipeline of the saved state")
     parser.add_argument("--start", type=Path, help="folder whose averaged weights to start from; none: random ones")
-    parser.add_argument("--pairs", type=float, help="share of captions with two objects; none: as in the data")
-    return parser
+    return parser.parse_args()
 
 
-def start_from(args: argparse.Namespace, network: nn.Module) -> None:
-    """``network`` gets the averaged weights that were saved in ``args.start``."""
-    saved = Stepper(network, args.lr, args.steps)
-    saved.load(args.start)
-    saved.average.copy_to(network)
-
-
-def rows_of(ids: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
-    """The rows of each minibatch, in a fresh order each pass."""
-    rng = np.random.default_rng(args.seed)
-    if args.pairs is None:
-        yield from map(torch.from_numpy, minibatches(len(ids), args.batch, rng))
-        return
-    words = torch.tensor(build_tokenizer().convert_tokens_to_ids([f"{word}</w>" for word in RELATIONS]))
-    related = torch.isin(ids.long(), words).any(1)
-    count = round(args.pairs * args.batch)
-    parts = [(related.nonzero()[:, 0], count), ((~related).nonzero()[:, 0], args.batch - count)]
-    orders = [minibatches(len(rows), size, rng) for rows, size in parts if size]
-    while True:
-        yield torch.cat([rows[next(order)] for (rows, _), order in zip(parts, orders, strict=True)])
+def begin(args: argparse.Namespace, network: nn.Module) -> Stepper:
+    """The stepper of ``network``, which first gets the averaged weights of ``args.start``, if that is given."""
+    if args.start:
+        saved = Stepper(network, args.lr, args.steps)
+        saved.load(args.start)
+        saved.average.copy_to(network)
+    return Stepper(network, args.lr, args.steps)
 
 
 def fit(args: argparse.Namespace, stepper: Stepper, prepare: Callable[[nn.Module], None], loss: LossOf) -> None:
@@ -126,12 +109,12 @@ def fit(args: argparse.Namespace, stepper: Stepper, prepare: Callable[[nn.Module
     master, log = Master(stepper.network), Log(args.out)
     prepare(master.network)
     module = torch.compile(master.network) if args.compile else master.network
-    order = rows_of(ids, args)
+    order = minibatches(len(latents), args.batch, np.random.default_rng(args.seed))
     for _ in range(first):
         next(order)
     running = None
     for step in range(first, args.steps):
-        rows = next(order)
+        rows = torch.from_numpy(next(order))
         generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
         tokens = ids[rows].long()
         tokens[torch.rand(len(rows), generator=generator) < 0.1] = empty  # for classifier-free guidance

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from fit import Stepper, arguments, fit, start_from
+from fit import arguments, begin, fit
 from text import build_tokenizer, text_config
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
@@ -123,13 +123,11 @@ def prepare(network: Network) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=3500).parse_args()
+    args = arguments(__doc__, steps=3500)
     torch.manual_seed(args.seed)
     text = text_config(build_tokenizer(), WIDTH, 3, projection=WIDTH)
     network = Network(build_transformer(), CLIPTextModelWithProjection(text), CLIPTextModelWithProjection(text)).eval()
-    if args.start:
-        start_from(args, network)
-    stepper = Stepper(network, args.lr, args.steps)
+    stepper = begin(args, network)
     if args.export:
         stepper.load(args.out)
     else:

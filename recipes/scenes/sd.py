@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from fit import Stepper, arguments, fit, start_from
+from fit import arguments, begin, fit
 from text import build_tokenizer, text_config
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -70,14 +70,10 @@ class Network(nn.Module):
         return self.unet(x, t, hidden, return_dict=False)[0]
 
 
-def v_loss(
-    network: nn.Module, latents: Tensor, ids: Tensor, generator: torch.Generator, alphas: Tensor, noisy: float
-) -> Tensor:
-    """Mean squared error of v = alpha eps - sigma x0; a share ``noisy`` of the times is in the noisiest 30 %, where
-    layout is decided, the rest is uniform."""
+def v_loss(network: nn.Module, latents: Tensor, ids: Tensor, generator: torch.Generator, alphas: Tensor) -> Tensor:
+    """Mean squared error of v = alpha eps - sigma x0 at uniform times."""
     count = latents.shape[0]
-    u, early = torch.rand(2, count, generator=generator)
-    t = (torch.where(early < noisy, 0.7 + 0.3 * u, u) * len(alphas)).long()
+    t = torch.randint(0, len(alphas), (count,), generator=generator)
     eps = torch.randn(latents.shape, generator=generator)
     alpha = alphas[t].sqrt()[:, None, None, None]
     sigma = (1 - alphas[t]).sqrt()[:, None, None, None]
@@ -109,19 +105,15 @@ def prepare(network: Network) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=4800)
-    parser.add_argument("--noisy", type=float, default=0.0, help="share of times drawn from the noisiest 30 %%")
-    args = parser.parse_args()
+    args = arguments(__doc__, steps=4800)
     torch.manual_seed(args.seed)
     network = Network(build_unet(), CLIPTextModel(text_config(build_tokenizer(), WIDTH, 3))).eval()
-    if args.start:
-        start_from(args, network)
-    stepper = Stepper(network, args.lr, args.steps)
+    stepper = begin(args, network)
     alphas = scheduler().alphas_cumprod
     if args.export:
         stepper.load(args.out)
     else:
-        fit(args, stepper, prepare, lambda *batch: v_loss(*batch, alphas=alphas, noisy=args.noisy))
+        fit(args, stepper, prepare, lambda *batch: v_loss(*batch, alphas=alphas))
     stepper.average.copy_to(network)
     export(network, args.vae, args.out / "pipeline")
 
