@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -69,6 +71,9 @@ def test_the_twin_gets_fewer_tokens_and_another_context_all_of_them(monkeypatch:
     tau, cond = torch.tensor([400, 900]), model.encode(tiny.PROMPTS)
     assert merges_context(model._network()) and not merges_context(model.pipe.transformer)
     block = model.pipe.transformer.transformer_blocks[0]
+    mixed = copy.deepcopy(model._network())
+    mixed.transformer_blocks[0].attn.processor = block.attn.processor
+    assert not merges_context(mixed)
 
     def note(_: object, __: object, said: dict[str, torch.Tensor]) -> None:
         seen.append(said["encoder_hidden_states"].shape[1])

@@ -72,7 +72,7 @@ def test_widen_scales_the_noise_and_nothing_else():
         with pytest.raises(ValueError, match="positive and finite"):
             widen(DDIM(1.0), factor)
     tokens: Kernel = lambda denoiser, x, t, s, cond: (Categorical(x), Prediction(x, x))  # noqa: E731
-    with pytest.raises(TypeError, match="only a Gaussian law"):
+    with pytest.raises(TypeError, match="only a Gaussian law can be widened; "):
         widen(tokens, 2.0)(denoiser, x, t, s, {})
 
 
@@ -94,7 +94,7 @@ def test_noise_until_is_the_kernel_before_and_deterministic_after():
         with pytest.raises(ValueError, match="must lie in"):
             noise_until(DDIM(1.0), time)
     tokens: Kernel = lambda denoiser, x, t, s, cond: (Categorical(x), Prediction(x, x))  # noqa: E731
-    with pytest.raises(TypeError, match="only a Gaussian law"):
+    with pytest.raises(TypeError, match="only a Gaussian law can lose its noise; "):
         noise_until(tokens, 0.5)(denoiser, x, t, s, {})
 
 

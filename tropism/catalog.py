@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tropism.config import BadInput, one_line, suggest
 from tropism.plugins import load_function
@@ -218,8 +218,8 @@ def packaged_rewards() -> dict[str, Packaged]:
             for name, make in PROGRAMMATIC.items()}  # fmt: skip
     clip = "a CLIP by transformers; SOURCE: folder or hub name"
     return made | {
-        "scenes": Packaged(_scenes, "does the picture show what its caption says (scenes captions only)", False),
-        "scenes_pass": Packaged(_scenes_pass, "1 where all that a scenes caption says is shown, else 0", False),
+        "scenes": Packaged(_verified("score"), "how much of a scenes caption the picture shows", False),
+        "scenes_pass": Packaged(_verified("pass"), "1 where it shows all of a scenes caption, else 0", False),
         "clip": Packaged(_from_pretrained("ClipScore"), f"agreement of picture and prompt; {clip}"),
         "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
         "hpsv2": Packaged(_from_pretrained("HPSv2"), f"human preference; {clip}", needs_source=True),
@@ -227,18 +227,14 @@ def packaged_rewards() -> dict[str, Packaged]:
     }
 
 
-def _scenes(source: str | None, device: torch.device) -> Reward:
-    from tropism.rewards import ScenesReward
-    from tropism.worlds.scenes import verify_batch
+def _verified(mode: Literal["score", "pass"]) -> Callable[[str | None, torch.device], Reward]:
+    def build(source: str | None, device: torch.device) -> Reward:
+        from tropism.rewards import ScenesReward
+        from tropism.worlds.scenes import verify_batch
 
-    return ScenesReward(verify_batch)
+        return ScenesReward(verify_batch, mode)
 
-
-def _scenes_pass(source: str | None, device: torch.device) -> Reward:
-    from tropism.rewards import ScenesReward
-    from tropism.worlds.scenes import verify_batch
-
-    return ScenesReward(verify_batch, "pass")
+    return build
 
 
 def _from_pretrained(kind: str) -> Callable[[str | None, torch.device], Reward]:

@@ -95,6 +95,13 @@ class Gaussian:
         return _event_sum(terms.expand(self.mean.shape)).where(both, singular)
 
 
+def as_gaussian(law: object, kernel: object, can: str) -> Gaussian:
+    """``law``, which came from ``kernel``. Raises TypeError for one that is not Gaussian: what it cannot do."""
+    if not isinstance(law, Gaussian):
+        raise TypeError(f"only a Gaussian law can {can}; {type(kernel).__name__} returns {type(law).__name__}")
+    return law
+
+
 @dataclass(frozen=True, eq=False)
 class Categorical:
     """One of V symbols per event entry: logits (B, ..., V), unnormalised, -inf for a forbidden symbol."""

@@ -46,8 +46,9 @@ class MergedContext:
 
 
 def merges_context(net: nn.Module) -> bool:
-    """Whether the joint attention of ``net`` is ``MergedContext``."""
-    return any(isinstance(getattr(module, "processor", None), MergedContext) for module in net.modules())
+    """Whether the joint attention of every block of ``net`` is ``MergedContext``."""
+    blocks: Any = net.transformer_blocks
+    return all(isinstance(block.attn.processor, MergedContext) for block in blocks)
 
 
 def equal_at_the_end(context: Tensor) -> int:

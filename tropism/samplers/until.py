@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Kernel, Prediction, bcast
-from tropism.transitions import Gaussian
+from tropism.transitions import Gaussian, as_gaussian
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,7 @@ class NoiseUntil:
     def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> tuple[Gaussian, Prediction]:
         """As the inner kernel. Raises TypeError when its law is not Gaussian."""
         law, prediction = self.inner(denoiser, x, t, s, cond)
-        if not isinstance(law, Gaussian):
-            raise TypeError(
-                f"only a Gaussian law can lose its noise; {type(self.inner).__name__} returns {type(law).__name__}"
-            )
+        law = as_gaussian(law, self.inner, "lose its noise")
         alpha, sigma = denoiser.schedule.alpha(s), denoiser.schedule.sigma(s)
         quiet = bcast(alpha, x) * prediction.x0 + bcast(sigma, x) * prediction.eps
         random = t > self.time

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Kernel, Prediction
-from tropism.transitions import Gaussian
+from tropism.transitions import Gaussian, as_gaussian
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,7 @@ class Widened:
     def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> tuple[Gaussian, Prediction]:
         """As the inner kernel. Raises TypeError when its law is not Gaussian."""
         law, prediction = self.inner(denoiser, x, t, s, cond)
-        if not isinstance(law, Gaussian):
-            raise TypeError(
-                f"only a Gaussian law can be widened; {type(self.inner).__name__} returns {type(law).__name__}"
-            )
+        law = as_gaussian(law, self.inner, "be widened")
         return Gaussian(law.mean, law.std * self.factor), prediction
 
 
