@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from small_run import said, small_place, train_words
 
 from tropism import catalog
+from tropism.resume import with_its_config
 
 FLOW = {"flow-grpo"}
 METHODS = sorted(catalog.method_names())
@@ -125,6 +126,9 @@ def test_what_cannot_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     refused([*go_on, "--learning-rate", "1e-2"], "learning_rate is 0.01, but 0.001 in run; leave it out")
     refused([*go_on, "--out", "other"], "out is other, but a run goes on in its own folder, run")
     refused(["ddpo", "--resume", "run/checkpoints/step-000007"], "which has no checkpoint")
+    assert with_its_config(["--resume=run"], "ddpo") == ["--config", "run/config.yaml", "--resume=run"]
+    for words in (["--resume", "run", "--config=x.yaml"], ["--config", "x.yaml", "--resume=run"]):
+        assert with_its_config(words, "ddpo") == words
     state = Path("run/checkpoints/step-000001/state.json")
     whole = state.read_text()
     for broken, sentence in ((whole[:40], "is not whole"), (whole.replace("statistics", "x"), "remembers ['x']")):

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tropism.resume import checkpoints
+
 if TYPE_CHECKING:
     from tropism.ema import Ema
     from tropism.models.latent_pipeline import LatentPipeline
@@ -43,15 +45,15 @@ def save_checkpoint(
         new = Path(temporary) / "new"
         model.save_adapter(new)
         tensors, settings = optimizer_state(optimizer)
-        generator = getattr(method, "generator", None)
-        if isinstance(generator, torch.Generator):
+        if (generator := _generator(method)) is not None:
             tensors["generator"] = generator.get_state()
         if ema is not None:
             tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new / "state.safetensors"
         )
-        state = {"step": step, "optimizer": settings, "method": method_state(method), "run": dict(run or {})}
+        remembered = {name: holder.state_dict() for name, holder in method_holders(method).items()}
+        state = {"step": step, "optimizer": settings, "method": remembered, "run": dict(run or {})}
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
@@ -74,8 +76,8 @@ def load_checkpoint(
         step, settings, remembered, run = (state[name] for name in ("step", "optimizer", "method", "run"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {folder} is not whole ({error}); go on from another") from error
-    generator = getattr(method, "generator", None)
-    wanted = {"generator": isinstance(generator, torch.Generator), "ema/updates": ema is not None}
+    generator = _generator(method)
+    wanted = {"generator": generator is not None, "ema/updates": ema is not None}
     for name, needed in wanted.items():
         if needed != (name in tensors):
             raise ValueError(
@@ -86,18 +88,13 @@ def load_checkpoint(
         raise ValueError(f"the checkpoint {folder} remembers {sorted(remembered)}; wanted {sorted(holders)}")
     model.load_adapter(folder)
     load_optimizer(optimizer, tensors, settings)
-    if isinstance(generator, torch.Generator):
+    if generator is not None:
         generator.set_state(tensors["generator"])
     if ema is not None:
         ema.load_state_dict(under("ema", tensors))
     for name, holder in holders.items():
         holder.load_state_dict(remembered[name])
     return {"step": step, **run}
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -134,6 +131,7 @@ def method_holders(method: Any) -> dict[str, Any]:
     return {name: holder for name, holder in holders.items() if hasattr(holder, "state_dict")}
 
 
-def method_state(method: Any) -> dict[str, Any]:
-    """Its state, as plain values."""
-    return {name: holder.state_dict() for name, holder in method_holders(method).items()}
+def _generator(method: Any) -> torch.Generator | None:
+    """The source of a method's chance, if it has one."""
+    found = getattr(method, "generator", None)
+    return found if isinstance(found, torch.Generator) else None

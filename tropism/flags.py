@@ -157,7 +157,7 @@ def read(
     """
     known = {setting.name: setting for setting in settings}
     values = {setting.name: setting.default for setting in settings}
-    given = list(_words_by_flag(argv))
+    given = list(words_by_flag(argv))
     for name, words in given:
         if name == "config":
             entries = read_config(_one(words, "config"))
@@ -193,7 +193,7 @@ def checked(parser: ArgumentParser, known: Mapping[str, Setting], entries: Mappi
     return values
 
 
-def _words_by_flag(argv: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
+def words_by_flag(argv: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
     """(name, words) of every flag; a word "none" is left for its setting to read."""
     groups: list[tuple[str, list[str]]] = []
     for word in argv:

@@ -6,10 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tropism.config import BadInput, TrainSettings, config_entries, read_config
-from tropism.data.prompts import PromptSet
+from tropism.flags import words_by_flag
+
+if TYPE_CHECKING:
+    from tropism.data.prompts import PromptSet
 
 FREE = {"steps", "save_every", "eval_every", "report_to", "threads", "device", "sample_batch"}
 """What may change between the parts of a run without changing what is learnt (a device only up to rounding)."""
@@ -18,22 +21,34 @@ FREE = {"steps", "save_every", "eval_every", "report_to", "threads", "device", "
 def find_run(text: str, method: str) -> tuple[Path, Path]:
     """(folder of the run, its checkpoint): ``text`` is a run, one of its checkpoints, or latest. Raises BadInput."""
     if text == "latest":
-        saved = [path for path in Path("runs").glob("*/checkpoints/step-*") if _method_of(path.parents[1]) == method]
-        if not saved:
-            raise BadInput(f"resume is latest, but no run of {method} in runs has a checkpoint; give its folder")
-        text = str(max(saved, key=lambda path: (path / "state.json").stat().st_mtime).parents[1])
+        text = str(_latest(method))
     folder = Path(text).expanduser()
     run = folder.parents[1] if folder.name.startswith("step-") and folder.parent.name == "checkpoints" else folder
     if not (run / "config.yaml").is_file():
         raise BadInput(f"resume is {text}, which has no config.yaml; wanted the folder of a run, or latest")
-    if _method_of(run) != method:
-        raise BadInput(f"resume is {text}, a run of {_method_of(run)}; start it with tropism train {_method_of(run)}")
-    found = [folder] if folder != run else sorted((run / "checkpoints").glob("step-*"))
+    of = _method_of(run)
+    if of != method:
+        raise BadInput(f"resume is {text}, a run of {of}; start it with tropism train {of}")
+    found = [folder] if folder != run else checkpoints(run / "checkpoints")
     if not found or not found[-1].is_dir():
         raise BadInput(
             f"resume is {text}, which has no checkpoint; with save_every, or when stopped, a run writes some"
         )
     return run, found[-1]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def _latest(method: str) -> Path:
+    """The run of the method in ``runs`` that was saved last. Raises BadInput."""
+    runs = [folder.parent for folder in Path("runs").glob("*/checkpoints") if _method_of(folder.parent) == method]
+    saved = [path for run in runs for path in checkpoints(run / "checkpoints")]
+    if not saved:
+        raise BadInput(f"resume is latest, but no run of {method} in runs has a checkpoint; give its folder")
+    return max(saved, key=lambda path: (path / "state.json").stat().st_mtime).parents[1]
 
 
 def _method_of(run: Path) -> str:
@@ -43,12 +58,11 @@ def _method_of(run: Path) -> str:
 
 def with_its_config(words: Sequence[str], method: str) -> list[str]:
     """The words of ``tropism train METHOD``, with the configuration of the run that they say to go on with."""
-    for place, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag == "--resume" and "--config" not in words:
-            text = value if equals else next(iter(words[place + 1 :]), "")
-            return ["--config", str(find_run(text, method)[0] / "config.yaml"), *words]
-    return list(words)
+    said = dict(words_by_flag(words))
+    if "resume" not in said or "config" in said:
+        return list(words)
+    run, _ = find_run(" ".join(said["resume"]), method)
+    return ["--config", str(run / "config.yaml"), *words]
 
 
 def check_same(run: Path, method: str, settings: TrainSettings, method_settings: Any) -> None:

@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 
 from tropism import card, pictures
-from tropism.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from tropism.checkpoint import load_checkpoint, save_checkpoint
 from tropism.config import BadInput, RunFailed, one_line, save_config
 from tropism.data.prompts import batches
 from tropism.ema import Ema
@@ -30,7 +30,7 @@ from tropism.evaluate import Evaluation, deterministic, evaluate, first_images, 
 from tropism.log import Lines, Progress, reason, start_trackers
 from tropism.plan import Bench, Plan, as_bad_input, set_up
 from tropism.report import Outcome, compared
-from tropism.resume import fingerprint
+from tropism.resume import checkpoints, fingerprint
 from tropism.rewards import RewardError
 from tropism.stopping import stop_when_asked
 from tropism.train import NothingToLearn, Step, train
