@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from tropism.policy import Policy
 from tropism.samplers import DDIM
 from tropism.schedules import add_noise
 from tropism.train import NothingToLearn, Step, train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from goals import needed, told
 
 PROMPT = PROMPTS[0]
 RARE = torch.tensor([-1.5, -1.5])
@@ -96,7 +100,7 @@ def reward_at(toy: ToyTextToImage, guidance: float, count: int = 500) -> float:
 
 def until_goal(rewards: Sequence[float]) -> float:
     """Images until the goal; infinite when it is not reached."""
-    return next((IMAGES * number for number, reward in enumerate(rewards, 1) if reward >= GOAL), math.inf)
+    return needed(((IMAGES * number, reward) for number, reward in enumerate(rewards, 1)), GOAL)
 
 
 def run(toy: ToyTextToImage, seed: int, steps: int, rate: float, options: dict[str, Any]) -> tuple[float, float, float]:
@@ -126,13 +130,6 @@ def run(toy: ToyTextToImage, seed: int, steps: int, rate: float, options: dict[s
     return until_goal(acting), until_goal(default), default[-1] if default else 0.0
 
 
-def told(counts: Sequence[float], plain: float) -> str:
-    """Every seed, the median, and its ratio to plain DDPO's."""
-    each = ", ".join("never" if math.isinf(count) else f"{count:.0f}" for count in counts)
-    median = statistics.median(counts)
-    return f"{each}; median {median:.0f}, {median / plain:.2f} of ddpo's"
-
-
 def main() -> None:
     """Trains, compares, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,8 +147,8 @@ def main() -> None:
         acting, default, final = (list(values) for values in zip(*runs, strict=True))
         plain = plain or (statistics.median(acting), statistics.median(default))
         print(f"{name}: images to {GOAL}")
-        print(f"    exploring  {told(acting, plain[0])}")
-        print(f"    default    {told(default, plain[1])}")
+        print(f"    exploring  {told(acting, plain[0], 'ddpo')}")
+        print(f"    default    {told(default, plain[1], 'ddpo')}")
         print(f"    at the end {', '.join(f'{value:.2f}' for value in final)}", flush=True)
     print(f"{time.process_time() - started:.0f} CPU seconds")
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +33,9 @@ from tropism.models.latent_pipeline import LatentPipeline
 from tropism.policy import Policy
 from tropism.samplers import DDIM
 from tropism.train import Step, train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from goals import needed, told
 
 EVALUATED = 64
 
@@ -105,15 +108,6 @@ def run(comparison: Comparison, side: Side, seed: int, precision: torch.dtype) -
     return curve
 
 
-def needed(curve: Sequence[tuple[int, float]], goal: float) -> float:
-    """Queries at the first evaluation at or above the goal; infinite when there is none."""
-    return next((queries for queries, reward in curve if reward >= goal), math.inf)
-
-
-def told(value: float) -> str:
-    return "never" if math.isinf(value) else f"{value:.0f}"
-
-
 def main() -> None:
     """Runs, compares, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,9 +132,7 @@ def main() -> None:
     print(f"\n{datetime.date.today()}, goal {goal:.4g} ({comparison.reward} on {comparison.held_out}); queries to it:")
     plain = statistics.median(needed(curve, goal) for curve in curves[base])
     for name, runs in curves.items():
-        counts = [needed(curve, goal) for curve in runs]
-        median = statistics.median(counts)
-        print(f"{name}: {', '.join(map(told, counts))}; median {told(median)}, {median / plain:.2f} of {base}'s")
+        print(f"{name}: {told([needed(curve, goal) for curve in runs], plain, base)}")
     if options.json:
         options.json.write_text(json.dumps({"goal": goal, "curves": curves}, indent=1), encoding="utf-8")
 

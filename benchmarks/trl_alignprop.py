@@ -10,15 +10,13 @@ against it; here ``enable_gradient_checkpointing`` recomputes its blocks.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import side_by_side
+import sides
 import worker
 
 LR = 1e-3
@@ -36,67 +34,38 @@ def parse() -> argparse.Namespace:
     return args
 
 
-class Trl:
-    """TRL's trainer; one iteration is its ``step``. Its random truncation is off, so that both sides do equal work."""
+def trl(args: argparse.Namespace) -> sides.Trl:
+    """TRL's trainer. Its random truncation is off, so that both sides do equal work."""
+    from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
-
-        config = AlignPropConfig(
-            seed=args.seed,
-            mixed_precision="bf16" if args.precision == "bf16" else "no",
-            save_freq=10**9,
-            sample_num_steps=args.steps,
-            sample_guidance_scale=args.guidance,
-            train_batch_size=args.batch,
-            train_gradient_accumulation_steps=args.images // args.batch,
-            train_learning_rate=LR,
-            truncated_backprop_rand=False,
-            truncated_backprop_timestep=args.steps - args.window,
-        )
-        pipeline = DefaultDDPOStableDiffusionPipeline(args.pipeline)
-        self.trainer = AlignPropTrainer(config, worker.trl_reward, worker.TurningPrompts(args.images), pipeline)
-        self.images, self.global_step = args.images, 0
-
-    def iterate(self) -> int:
-        """One epoch of TRL's; always number 0, which saves nothing."""
-        self.global_step = self.trainer.step(0, self.global_step)
-        return self.images
-
-    @contextlib.contextmanager
-    def phases(self) -> Iterator[Counter[str]]:
-        """Clocks around TRL's own parts."""
-        trainer, found = self.trainer, Counter[str]()
-        hooks = [
-            worker.count_calls(trainer.sd_pipeline.unet, found),
-            worker.count_updates(trainer.optimizer.optimizer, found),
-        ]
-        places = [
-            (trainer, "_generate_samples", "sampling"),
-            (trainer.sd_pipeline.vae, "decode", "decoding and reward"),
-            (trainer, "compute_rewards", "decoding and reward"),
-            (trainer.accelerator, "backward", "backward"),
-        ]
-        with worker.clocked(found, places):
-            yield found
-        for hook in hooks:
-            hook.remove()
+    config = AlignPropConfig(
+        seed=args.seed,
+        mixed_precision="bf16" if args.precision == "bf16" else "no",
+        save_freq=10**9,
+        sample_num_steps=args.steps,
+        sample_guidance_scale=args.guidance,
+        train_batch_size=args.batch,
+        train_gradient_accumulation_steps=args.images // args.batch,
+        train_learning_rate=LR,
+        truncated_backprop_rand=False,
+        truncated_backprop_timestep=args.steps - args.window,
+    )
+    pipeline = DefaultDDPOStableDiffusionPipeline(args.pipeline)
+    trainer = AlignPropTrainer(config, worker.trl_reward, worker.TurningPrompts(args.images), pipeline)
+    return sides.Trl(args, trainer, lambda own: (own.accelerator, "backward", "backward"))
 
 
-class Tropism:
-    """tropism's AlignProp (with a fixed window, DRaFT-K) in its loop; one iteration is one step of ``train``."""
+class Tropism(sides.Tropism):
+    """tropism's AlignProp (with a fixed window, DRaFT-K)."""
 
     def __init__(self, args: argparse.Namespace, plain: bool) -> None:
         import torch
-        from accelerate import Accelerator
 
-        from tropism.base import Prompts
         from tropism.methods.draft import Settings
-        from tropism.rewards.callables import as_reward
 
-        self.model = worker.load_model(args, plain)
+        model = worker.load_model(args, plain)
         if not args.keep:
-            self.model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing()
         settings = Settings(
             inference_steps=args.steps,
             minibatch=args.batch,
@@ -105,72 +74,29 @@ class Tropism:
             eta=1.0,
             k=args.window,
         )
-        settings.check()
-        reward = as_reward(worker.redness, "redness", differentiable=True)
-        self.method = settings.build(self.model, reward, torch.Generator().manual_seed(args.seed + 1))
-        self.optimizer = worker.optimizer_of(self.model.parameters(), LR)
-        self.batch = Prompts(worker.prompts(args.images), torch.arange(args.images), {})
-        self.accelerator, self.images = Accelerator(cpu=True), args.images
+        super().__init__(args, model, settings, True, torch.arange(args.images))
 
-    def iterate(self) -> int:
-        """One update."""
-        from tropism.train import train
-
-        train(self.method, [self.batch], self.optimizer, steps=1, accelerator=self.accelerator)
-        return self.images
-
-    @contextlib.contextmanager
-    def phases(self) -> Iterator[Counter[str]]:
-        """Clocks around the parts of ``AlignProp.loss``; the rest of the loop is the backward pass."""
+    def places(self) -> Sequence[sides.Place]:
+        """The parts of ``AlignProp.loss``; the rest of the loop is the backward pass."""
         from tropism import train
 
-        found = Counter[str]()
-        hooks = [
-            worker.count_calls(self.model._network(), found),
-            worker.count_updates(self.optimizer, found),
-        ]
-        places = [
+        return [
             (self.method, "_sample", "sampling"),
             (self.method, "_scored", "decoding and reward"),
             (train, "_one_batch", "backward"),
         ]
-        with worker.clocked(found, places):
-            yield found
-        for hook in hooks:
-            hook.remove()
-
-    def floor(self, args: argparse.Namespace) -> dict[str, Any]:
-        """Every step once forward, the steps of the window once backward (nothing twice), and the decoder likewise."""
-        flops, rows = worker.network_flops(args), 1 if args.guidance == 1 else 2
-        rates = worker.rates(args.precision)
-        # The first step of the window starts from latents without a graph; all others pass the gradient on to theirs.
-        backward = args.window * (flops["through"] - flops["forward"])
-        backward -= flops["through"] - flops["training"]
-        return {
-            "flops_per_image": rows * (args.steps * flops["forward"] + backward) + flops["decode training"],
-            "of_what": f"{rows} rows x ({args.steps} steps forward, {args.window} backward), decoded and back once",
-            "rates": rates,
-            "rate": max(rates.values()),
-        }
 
 
-def main() -> None:
-    args = parse()
-    if args.worker is None:
-        what = f"{args.images} images of {args.steps} steps, guidance {args.guidance:g}, batches of {args.batch}"
-        side_by_side.drive(
-            args, f"AlignProp: {what}, gradient through the last {args.window}, LoRA of rank {args.rank}"
-        )
-        return
-    import torch
-
-    torch.set_num_threads(args.threads)
-    if args.worker == "trl":
-        worker.serve(Trl(args), dict)
-    else:
-        side = Tropism(args, plain=args.worker == "plain")
-        worker.serve(side, lambda: side.floor(args))
+def flops(args: argparse.Namespace, of: dict[str, float], rows: int) -> tuple[float, str]:
+    """Every step once forward, the steps of the window once backward (nothing twice), and the decoder likewise."""
+    # The first step of the window starts from latents without a graph; all others pass the gradient on to theirs.
+    backward = args.window * (of["through"] - of["forward"]) - (of["through"] - of["training"])
+    per_image = rows * (args.steps * of["forward"] + backward) + of["decode training"]
+    return per_image, f"{rows} rows x ({args.steps} steps forward, {args.window} backward), decoded and back once"
 
 
 if __name__ == "__main__":
-    main()
+    given = parse()
+    what = f"{given.images} images of {given.steps} steps, guidance {given.guidance:g}, batches of {given.batch}"
+    what = f"AlignProp: {what}, gradient through the last {given.window}, LoRA of rank {given.rank}"
+    sides.compare(given, what, trl, Tropism, flops)

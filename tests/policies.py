@@ -1,4 +1,4 @@
-"""A policy-gradient method on a toy, for the tests of DDPO and its settings."""
+"""A policy-gradient method on a toy and a reward with a known gradient, for the tests of the methods."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from methods import Off
 from tropism.methods import ddpo
 from tropism.methods.ddpo import DDPO
 from tropism.rollout import gather
+
+
+class Line:
+    """The reward direction . x."""
+
+    name = "line"
+    differentiable = True
+    direction = torch.tensor([1.0, -2.0])
+
+    def __call__(self, samples, prompts, **columns):
+        return samples @ self.direction
 
 
 def seeded(seed=0):

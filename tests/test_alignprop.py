@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from methods import PROMPTS, Off, batch, toy
+from policies import Line, seeded
 from torch import Tensor
 
 from tropism.base import Prompts
@@ -24,10 +25,6 @@ from tropism.train import train
 from tropism.windows import LastK, LowVariance, OneStep, RandomCut, Span
 
 STEPS = 6
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def method_on(model, window, reward=None, eta=1.0, **fields) -> AlignProp:
@@ -124,17 +121,6 @@ class Seen(Off):
     def __call__(self, samples, prompts, **columns):
         self.samples.append(samples)
         return super().__call__(samples, prompts, **columns)
-
-
-class Line:
-    """The reward direction . x."""
-
-    name = "line"
-    differentiable = True
-    direction = torch.tensor([1.0, -2.0])
-
-    def __call__(self, samples, prompts, **columns):
-        return samples @ self.direction
 
 
 class SeenLine(Line):

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from methods import Off, batch, toy, weights
-from policies import all_cells, method_on, seeded
+from policies import Line, all_cells, method_on, seeded
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -108,17 +108,6 @@ def test_the_check_ends_with_the_first_update_and_comes_back_with_the_next_rollo
 
 MEANS = torch.tensor([[0.5, -1.0], [-0.3, 0.8]])
 NAMES = ["left", "right"]
-
-
-class Line:
-    """The reward direction . x."""
-
-    name = "line"
-    differentiable = True
-    direction = torch.tensor([1.0, -2.0])
-
-    def __call__(self, samples, prompts, **columns):
-        return samples @ self.direction
 
 
 def law(model: GaussianPolicy, x: Tensor, t: Tensor, s: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -161,7 +161,8 @@ def _train(words: list[str]) -> None:
         return
     from tropism.resume import with_its_config
 
-    found = _train_settings(words[0], with_its_config(words[1:], words[0].replace("_", "-")), "train")
+    own = words[1:] if _asks_help(words) else with_its_config(words[1:], words[0].replace("_", "-"))
+    found = _train_settings(words[0], own, "train")
     if found is not None:
         from tropism.commands import run_train
 
