@@ -45,7 +45,31 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings(DeviceSettings):
+class HealthSettings(DeviceSettings):
+    """What counts as trouble in a run, and what follows from it."""
+
+    on_trouble: Literal["stop", "rollback", "warn"] = "stop"
+    """stop; rollback: the last checkpoint with half the learning rate, three times at most; warn: say so and go on."""
+    max_blank: float = 0.5
+    """Share of a step's pictures that may be black or of one colour."""
+    max_flat: float = 0.95
+    """Share of prompts whose images may all score the same, three steps in a row."""
+    max_ratio: float = 1.5
+    """Largest ratio to the acting policy (policy gradients; per dimension, as it is clipped)."""
+    max_kl: float | None = None
+    """Most nats between the model and itself before training, at an evaluation; none: not checked."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        super().check()
+        for name in ("max_blank", "max_flat"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1 (1: never)")
+        require(self.max_ratio > 1, "max_ratio", self.max_ratio, "above 1")
+        require(self.max_kl is None or self.max_kl > 0, "max_kl", self.max_kl, "above 0, or none")
+
+
+@dataclass(frozen=True)
+class TrainSettings(HealthSettings):
     """Settings of every training run, whatever the method."""
 
     model: str = "scenes"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tropism.base import Kernel, Prompts, TextToImage
 from tropism.data.prompts import PromptSet
+from tropism.health import check_finite_pictures
 from tropism.policy import Policy
 from tropism.randomness import normal, row_generators, row_seeds
 from tropism.rewards.composed import Weighted
@@ -84,11 +85,12 @@ def draw_images(policy: Policy, text: Sequence[str], seed: int) -> Iterator[Tens
 
 @torch.no_grad()
 def evaluate(policy: Policy, reward: Weighted, prompts: Prompts, seed: int = 0) -> Evaluation:
-    """Draws an image a prompt and scores it; columns of the prompts reach the rewards by name."""
+    """Draws an image a prompt and scores it; columns of the prompts reach the rewards by name. Raises Unhealthy."""
     images, scores = list[Tensor](), list[dict[str, Tensor]]()
     for batch in draw_images(policy, prompts.text, seed):
         first = sum(len(each) for each in images)
         rows = slice(first, first + len(batch))
+        check_finite_pictures(batch)
         columns = {name: list(values[rows]) for name, values in prompts.columns.items()}
         parts = reward.parts(batch, list(prompts.text[rows]), **columns)
         images.append(batch.float().cpu())

@@ -16,6 +16,7 @@ from tropism import catalog
 from tropism.catalog import RewardSpec
 from tropism.config import BadInput, DeviceSettings, TrainSettings, one_line
 from tropism.data.prompts import PromptSet
+from tropism.health import Watched
 from tropism.log import check_trackers
 from tropism.resume import check_same, find_run
 from tropism.rewards import RewardError, ScoredReward, Weighted, check_scores
@@ -54,6 +55,7 @@ class Bench:
     method: Any
     optimizer: torch.optim.Optimizer
     ema: Ema | None
+    watched: Watched  # the reward as the method has it
 
 
 # Checks; nothing is loaded.
@@ -190,14 +192,15 @@ def set_up(plan: Plan) -> Bench:
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
     reward = build_rewards(plan.rewards, settings.model, model, plan.prompts, plan.device)
+    watched = Watched(reward)
     with as_bad_input(ValueError, TypeError):
-        method = plan.method_settings.build(model, reward, torch.Generator().manual_seed(settings.seed + 1))
+        method = plan.method_settings.build(model, watched, torch.Generator().manual_seed(settings.seed + 1))
     with as_bad_input(ValueError, TypeError, prefix=f"{plan.method} does not suit the model {settings.model}: "):
         _try_one_move(method, plan.prompts.text[0])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.method_settings.learning_rate, weight_decay=plan.method_settings.weight_decay
     )
-    return Bench(model, reward, method, optimizer, _ema(model, settings.ema))
+    return Bench(model, reward, method, optimizer, _ema(model, settings.ema), watched)
 
 
 def build_rewards(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tropism.config import BadInput, TrainSettings, config_entries, read_config
+from tropism.config import BadInput, HealthSettings, TrainSettings, config_entries, read_config
 from tropism.flags import words_by_flag
 
 if TYPE_CHECKING:
     from tropism.data.prompts import PromptSet
 
 FREE = {"steps", "save_every", "eval_every", "report_to", "threads", "device", "sample_batch"}
+FREE |= {field.name for field in fields(HealthSettings)} - {"mixed_precision"}
 """What may change between the parts of a run without changing what is learnt (a device only up to rounding)."""
 
 

@@ -27,16 +27,18 @@ from tropism.config import BadInput, RunFailed, one_line, save_config
 from tropism.data.prompts import batches
 from tropism.ema import Ema
 from tropism.evaluate import Evaluation, deterministic, evaluate, first_images, interval, paired_gain
+from tropism.health import Unhealthy, Watch
 from tropism.log import Lines, Progress, reason, start_trackers
 from tropism.plan import Bench, Plan, as_bad_input, set_up
 from tropism.report import Outcome, compared
 from tropism.resume import checkpoints, fingerprint
 from tropism.rewards import RewardError
 from tropism.stopping import stop_when_asked
-from tropism.train import NothingToLearn, Step, train
+from tropism.train import NonFinite, NothingToLearn, Step, train
 
 FLAT_STEPS = 3  # steps in a row without anything to learn from, after which a run stops
 SHOWN = 16  # images of a sample grid
+ROLLBACKS = 3  # of one run, after which it stops
 
 
 class Interrupted(RunFailed):
@@ -83,7 +85,8 @@ class Run:
         self.eval_prompts = first_images(plan.eval_prompts, self.settings.eval_images)
         self.lines, self.rows = Lines(self.out / "metrics.jsonl"), list[dict[str, Any]]()
         self.progress = Progress(self.settings.steps)
-        self.at = self.finished = self.flat = self.images = 0  # at: the last step that was finished or skipped
+        self.at = self.finished = self.flat = self.images = self.rollbacks = 0  # at: the last step done or skipped
+        self.watch = Watch(plan.settings)
         self.started = time.perf_counter()
         self.stop_asked: Callable[[], bool] = lambda: False
         self._accelerator: Accelerator | None = None
@@ -92,7 +95,7 @@ class Run:
     def begin(self) -> None:
         """The first evaluation, then the folder. Raises BadInput, without a folder, when a reward fails there."""
         kept = None if self.plan.resume is None else self._load(self.plan.resume)
-        with as_bad_input(RewardError), nullcontext() if kept is None else self.bench.model.reference():
+        with as_bad_input(RewardError, Unhealthy), nullcontext() if kept is None else self.bench.model.reference():
             self.before = self.after = self._evaluate(averaged=kept is None)
         self.started = time.perf_counter()
         if kept is None:
@@ -106,10 +109,12 @@ class Run:
         )
         if self.plan.trackers:
             start_trackers(self._accelerator, asdict(self.settings) | asdict(self.plan.method_settings))
-        if kept is None:
-            self._record({"step": 0, **self._eval_row()})
-        else:
+        if kept is not None:
             self._go_on(kept)
+            return
+        self._record({"step": 0, **self._eval_row()})
+        if self.settings.on_trouble == "rollback":
+            self._checkpoint()
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         """Everything back as it was; what the checkpoint says of its run. Raises BadInput."""
@@ -125,15 +130,21 @@ class Run:
         return kept
 
     def _go_on(self, kept: Mapping[str, Any]) -> None:
-        """What was counted and written up to the checkpoint."""
-        self.at = self.finished = self.progress.first = int(kept["step"])
-        self.images, self.flat = int(kept["images"]), int(kept["flat"])
+        """What was counted and written up to the checkpoint, by a run that has ended."""
+        self._restore(kept)
+        self.finished = self.progress.first = self.at
+        self.rollbacks = int(kept["rollbacks"])
         self.started -= float(kept["seconds"])
-        self.rows = self.lines.keep(self.at)
         (self.out / "error.txt").unlink(missing_ok=True)
         for half in (self.out / "checkpoints").glob(".saving-*"):  # of a process that was killed
             shutil.rmtree(half)
         self.progress.say(f"going on after step {self.at} of {self.settings.steps}")
+
+    def _restore(self, kept: Mapping[str, Any]) -> None:
+        """What was counted and written up to the checkpoint."""
+        self.at, self.images, self.flat = (int(kept[name]) for name in ("step", "images", "flat"))
+        self.watch.flat = int(kept["flat_groups"])
+        self.rows = self.lines.keep(self.at)
 
     def learn(self) -> None:
         """Trains to the end; goes on after a step without anything to learn from."""
@@ -155,11 +166,30 @@ class Run:
                 )
             except NothingToLearn as error:
                 self._skip(error)
+            except (NonFinite, Unhealthy) as error:
+                self._roll_back(error)
+
+    def _roll_back(self, error: Exception) -> None:
+        """To the last checkpoint, with half the learning rate. Raises ``error`` where that is not wanted."""
+        saved, optimizer = checkpoints(self.out / "checkpoints"), self.bench.optimizer
+        if self.settings.on_trouble != "rollback" or not saved:
+            raise error
+        if self.rollbacks == ROLLBACKS:
+            raise RunFailed(f"{one_line(error)}; {ROLLBACKS} times it went back and learnt more slowly") from error
+        optimizer.zero_grad(set_to_none=True)
+        kept = self._load(saved[-1])
+        self.rollbacks += 1
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5 ** (self.rollbacks - kept["rollbacks"])
+        self._restore(kept)
+        rate = float(optimizer.param_groups[0]["lr"])
+        self.progress.say(f"{one_line(error)}: going back to step {self.at}, with a learning rate of {rate:g}")
+        self._record({"step": self.at, "rollbacks": float(self.rollbacks), "learning_rate": rate})
 
     def _on_step(self, step: Step) -> None:
         self.at, self.finished, self.images = step.step, self.finished + 1, self.images + step.images
         speed = step.images / max(step.seconds, 1e-9)
-        metrics = {"images": self.images, "images_per_second": speed, **step.metrics}
+        metrics = {"images": self.images, "images_per_second": speed, **step.metrics, **self.bench.watched.taken()}
         std, rows = step.metrics.get("reward_std", math.nan), min(step.images, self.plan.method_settings.minibatch)
         self._check_flat(std == 0 and rows > 1, f"step {step.step}: every image got the same reward")
         self._after(metrics)
@@ -192,15 +222,26 @@ class Run:
                 row |= self._eval_row()
         finally:
             self._record(row)
+        self._check_health(row)
         stopping = self.stop_asked() and not last
         if stopping or (self.settings.save_every and self.at % self.settings.save_every == 0):
             self._checkpoint()
         if stopping:
             raise Interrupted("stopped when asked to")
 
+    def _check_health(self, row: Mapping[str, float]) -> None:
+        """Before a checkpoint, so that the last one is always of a run that was well."""
+        try:
+            self.watch.check(row)
+        except Unhealthy as error:
+            if self.settings.on_trouble != "warn":
+                raise
+            self.progress.say(f"warning: {one_line(error)}")
+
     def _checkpoint(self) -> None:
         bench, seconds = self.bench, time.perf_counter() - self.started
         said: dict[str, Any] = {"images": self.images, "flat": self.flat, "seconds": seconds}
+        said |= {"flat_groups": self.watch.flat, "rollbacks": self.rollbacks}
         said["prompts"] = fingerprint(self.plan.prompts)
         save_checkpoint(self.out / "checkpoints", self.at, bench.model, bench.optimizer, bench.method, bench.ema, said)
 
