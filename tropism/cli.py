@@ -87,7 +87,12 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    special: Mapping[str, Callable[[list[str]], None]] = {"demo": _demo, "train": _train, "methods": _methods}
+    special: Mapping[str, Callable[[list[str]], None]] = {
+        "demo": _demo,
+        "train": _train,
+        "doctor": _doctor,
+        "methods": _methods,
+    }
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), "")
     if not words or words[0] in ("--help", "-h", "help"):
         print(_help(), end="")
@@ -109,6 +114,7 @@ def _help() -> str:
     lines = {
         "demo": "train a small model that comes with the package, in minutes",
         "train METHOD": "train a model (tropism train METHOD --help lists the settings)",
+        "doctor METHOD": "look for what is wrong with a run before it is started; settings as for train",
         **{" ".join([name, each.leading.upper()]).strip(): each.line for name, each in COMMANDS.items()},
         "methods": "list the methods and their settings",
     }
@@ -147,17 +153,7 @@ def _read(kind: type[Any], words: Sequence[str], command: str, description: str)
 
 
 def _train(words: list[str]) -> None:
-    from tropism import catalog
-
-    methods = ", ".join(catalog.method_names())
-    if not words or words[0].startswith("-"):
-        if not _asks_help(words):
-            raise BadInput(f"train wants a method first; wanted one of {methods}")
-        from tropism import flags
-        from tropism.config import TrainSettings
-
-        shared = flags.settings_of(TrainSettings, SHARED)
-        print(flags.build_parser("tropism train METHOD", f"METHOD is one of {methods}.", shared).format_help())
+    if _listed(words, "train"):
         return
     from tropism.resume import with_its_config
 
@@ -167,6 +163,33 @@ def _train(words: list[str]) -> None:
         from tropism.commands import run_train
 
         run_train(*found)
+
+
+def _doctor(words: list[str]) -> None:
+    if _listed(words, "doctor"):
+        return
+    found = _train_settings(words[0], words[1:], "doctor")
+    if found is not None:
+        from tropism.doctor import run_doctor
+
+        run_doctor(*found)
+
+
+def _listed(words: list[str], command: str) -> bool:
+    """Whether the shared settings were listed, because no method was named. Raises BadInput when nobody asked."""
+    from tropism import catalog
+
+    if words and not words[0].startswith("-"):
+        return False
+    methods = ", ".join(catalog.method_names())
+    if not _asks_help(words):
+        raise BadInput(f"{command} wants a method first; wanted one of {methods}")
+    from tropism import flags
+    from tropism.config import TrainSettings
+
+    shared = flags.settings_of(TrainSettings, SHARED)
+    print(flags.build_parser(f"tropism {command} METHOD", f"METHOD is one of {methods}.", shared).format_help())
+    return True
 
 
 def _train_settings(method: str, words: Sequence[str], command: str) -> tuple[str, Any, Any] | None:
