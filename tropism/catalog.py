@@ -215,7 +215,7 @@ def _source(spec: RewardSpec, model: str) -> str | None:
     """Where a packaged reward finds its weights: what was said, or for the scenes models the CLIP that ships."""
     if spec.name == "clip" and spec.source is None and model in SHIPPED:
         return str(WEIGHTS / SHIPPED_CLIP)
-    return spec.source and str(Path(spec.source).expanduser())
+    return spec.source and os.path.expanduser(spec.source)  # of a URL, Path would drop a slash
 
 
 def reward_version(spec: RewardSpec, reward: Reward, model: str) -> str:
@@ -289,10 +289,10 @@ def _remote(source: str | None, device: torch.device) -> Reward:
 def _from_pretrained(kind: str) -> Callable[[str | None, torch.device], Reward]:
     def build(source: str | None, device: torch.device) -> Reward:
         from tropism.models import clip_rewards
+        from tropism.models.quiet import quiet_libraries
 
-        reward: Reward = getattr(clip_rewards, kind).from_pretrained(
-            *([] if source is None else [source]), device=device
-        )
-        return reward
+        quiet_libraries()
+        made = getattr(clip_rewards, kind).from_pretrained(*([] if source is None else [source]), device=device)
+        return made  # type: ignore[no-any-return]
 
     return build
