@@ -71,13 +71,12 @@ class Tropism(sides.Tropism):
         super().__init__(args, worker.load_model(args, plain), settings, False, groups)
 
     def places(self) -> Sequence[sides.Place]:
-        """The functions that ``DDPO.rollout`` calls; the rest of the loop is training."""
-        from tropism import train
-        from tropism.methods import ddpo
+        """The two halves of ``DDPO.rollout``; the rest of the loop is training."""
+        from tropism import overlap, train
 
         return [
-            (ddpo, "run_chains", "sampling"),
-            (ddpo, "score_latents", "decoding and reward"),
+            (overlap, "run_chains", "sampling"),
+            (overlap, "score_latents", "decoding and reward"),
             (train, "_one_batch", "training"),
         ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ PACKAGE = Path(__file__).parent
 WEIGHTS = PACKAGE / "worlds" / "scenes" / "weights"
 SHIPPED: Mapping[str, str] = {"scenes": "flow", "scenes-sd": "sd", "scenes-flow": "flow"}
 SHIPPED_CLIP = "clip"
+REMOTE = "http://127.0.0.1:8000"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
 
@@ -139,6 +141,7 @@ class Packaged:
     doc: str
     takes_source: bool = True
     needs_source: bool = False
+    example: str = "FOLDER"  # of a source
 
 
 def own_rewards(model: str) -> list[str]:
@@ -163,7 +166,8 @@ def parse_reward(text: str) -> RewardSpec:
         if source and not packaged_rewards()[name].takes_source:
             raise BadInput(f"reward is {text!r}; wanted {name} alone: it has no weights to find")
         if source is None and packaged_rewards()[name].needs_source:
-            raise BadInput(f"reward is {text!r}, whose weights have no usual place; wanted {name}:FOLDER")
+            example = packaged_rewards()[name].example
+            raise BadInput(f"reward is {text!r}, whose weights have no usual place; wanted {name}:{example}")
         return RewardSpec(body, name, source, weight, True)
     module, colon, function = body.rpartition(":")
     if not colon or not module or not function:
@@ -204,10 +208,34 @@ def build_reward(spec: RewardSpec, model: str, device: torch.device) -> Reward:
 
         declared = spec.call.differentiable if isinstance(spec.call, Reward) else None
         return as_reward(spec.call, spec.name, declared)
-    source = spec.source and str(Path(spec.source).expanduser())
-    if spec.name == "clip" and source is None and model in SHIPPED:
-        source = str(WEIGHTS / SHIPPED_CLIP)
-    return packaged_rewards()[spec.name].build(source, device)
+    return packaged_rewards()[spec.name].build(_source(spec, model), device)
+
+
+def _source(spec: RewardSpec, model: str) -> str | None:
+    """Where a packaged reward finds its weights: what was said, or for the scenes models the CLIP that ships."""
+    if spec.name == "clip" and spec.source is None and model in SHIPPED:
+        return str(WEIGHTS / SHIPPED_CLIP)
+    return spec.source and os.path.expanduser(spec.source)  # of a URL, Path would drop a slash
+
+
+def reward_version(spec: RewardSpec, reward: Reward, model: str) -> str:
+    """A hash of what decides the scores; of a remote reward it is the server's."""
+    from tropism.rewards.version import code_of, version_of
+
+    if spec.packaged and spec.name == "remote":
+        return str(reward.version)  # type: ignore[attr-defined]
+    if not spec.packaged:
+        file = Path(str(spec.source))
+        return version_of(spec.text, file if file.suffix == ".py" else code_of(spec.call))
+    source = _source(spec, model)
+    return version_of(spec.text, code_of(reward), None if source is None else Path(source))
+
+
+def cached(reward: Reward, spec: RewardSpec, model: str, file: str) -> Reward:
+    """The reward with its scores kept in a file. Raises RewardError where that cannot be used."""
+    from tropism.rewards.cache import Cached, File
+
+    return Cached(reward, reward_version(spec, reward, model), File(file))
 
 
 def packaged_rewards() -> dict[str, Packaged]:
@@ -224,7 +252,22 @@ def packaged_rewards() -> dict[str, Packaged]:
         "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
         "hpsv2": Packaged(_from_pretrained("HPSv2"), f"human preference; {clip}", needs_source=True),
         "aesthetic": Packaged(_from_pretrained("LaionAesthetic"), f"aesthetics, prompts unread; {clip}"),
+        "remote": Packaged(_remote, "what a server says (tropism reward serve)", needs_source=True, example=REMOTE),
     }
+
+
+def sample_pictures(count: int, size: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """(count, 3, size, size) floats in [0, 1], and captions: drawings that show them, then noise, black and white."""
+    import numpy as np
+    import torch
+
+    from tropism.worlds.scenes import captions, parse, render_batch
+
+    text, drawn = captions(count, seed), count - 3
+    pictures = render_batch([parse(each) for each in text[:drawn]], range(seed, seed + drawn), size)
+    shown = torch.from_numpy(pictures.astype(np.float32)).permute(0, 3, 1, 2) / 255
+    noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([shown, noise, torch.zeros_like(noise), torch.ones_like(noise)]).contiguous(), text
 
 
 def _verified(mode: Literal["score", "pass"]) -> Callable[[str | None, torch.device], Reward]:
@@ -237,13 +280,19 @@ def _verified(mode: Literal["score", "pass"]) -> Callable[[str | None, torch.dev
     return build
 
 
+def _remote(source: str | None, device: torch.device) -> Reward:
+    from tropism.rewards.remote import from_environment
+
+    return from_environment(str(source), os.environ)
+
+
 def _from_pretrained(kind: str) -> Callable[[str | None, torch.device], Reward]:
     def build(source: str | None, device: torch.device) -> Reward:
         from tropism.models import clip_rewards
+        from tropism.models.quiet import quiet_libraries
 
-        reward: Reward = getattr(clip_rewards, kind).from_pretrained(
-            *([] if source is None else [source]), device=device
-        )
-        return reward
+        quiet_libraries()
+        made = getattr(clip_rewards, kind).from_pretrained(*([] if source is None else [source]), device=device)
+        return made  # type: ignore[no-any-return]
 
     return build

@@ -57,6 +57,20 @@ COMMANDS: Mapping[str, Command] = {
         "score a model, and compare it with its base at equal seeds",
         "Score a model; with --adapter, compare it with its base.",
     ),
+    "reward test": Command(
+        "reward_settings:RewardTestSettings",
+        "reward_commands:run_test",
+        "try a reward on sample pictures before anything depends on it",
+        "Show a reward sample pictures, and say what could be wrong with it. Exit code 1 when something is.",
+        leading="reward",
+    ),
+    "reward serve": Command(
+        "reward_settings:RewardServeSettings",
+        "reward_commands:run_serve",
+        "compute a reward for others, over HTTP",
+        "Compute a reward for others, over HTTP; on their side it is called remote:http://HOST:PORT.",
+        leading="reward",
+    ),
 }
 SHARED, OWN = "settings of every run", "settings of {}"
 PRESET = "demo.yaml"

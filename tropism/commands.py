@@ -80,7 +80,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     if settings.out:
         check_writable(Path(settings.out))
     model, policy = _load(settings)
-    reward = build_rewards(specs, settings.model, model, prompts, policy.device)
+    reward = build_rewards(specs, settings.model, model, prompts, policy.device, settings.reward_cache)
     rows = first_images(prompts, settings.images)
     with as_bad_input(ValueError):
         with model.reference() if settings.adapter else nullcontext():

@@ -29,19 +29,25 @@ class RunFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class DeviceSettings:
-    """Where and how precisely to compute."""
+class PlaceSettings:
+    """Where to compute."""
 
     device: str | None = None
     """Such as cpu, cuda or cuda:1; none: a GPU if there is one."""
     threads: int | None = None
     """Processor threads; none: as torch decides."""
-    mixed_precision: Precision = "no"
-    """Number format of the frozen base model (no is float32); a LoRA is float32 always."""
 
     def check(self) -> None:
         """Raises BadInput."""
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or none")
+
+
+@dataclass(frozen=True)
+class DeviceSettings(PlaceSettings):
+    """Where and how precisely to compute."""
+
+    mixed_precision: Precision = "no"
+    """Number format of the frozen base model (no is float32); a LoRA is float32 always."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class TrainSettings(HealthSettings):
     """scenes, scenes-sd, scenes-flow, a folder with a diffusers pipeline, or a hub name (owner/model)."""
     reward: list[str] = field(default_factory=list)
     """One or more of NAME, NAME:SOURCE or MODULE:FUNCTION, each with =WEIGHT if wanted; none: the model's own."""
+    reward_cache: str | None = None
+    """A file in which scores are kept, so that no image is scored twice; runs may share it; none: not kept."""
     prompts: str | None = None
     """A set of prompts by name, or a .txt or .jsonl file; none: the model's own."""
     steps: int = 100
@@ -179,6 +187,8 @@ class EvalSettings(PickSettings):
 
     reward: list[str] = field(default_factory=list)
     """As in training; none: the model's own."""
+    reward_cache: str | None = None
+    """As in training."""
     prompts: str | None = None
     """As in training; none: the model's own held-out prompts."""
     images: int = 64

@@ -46,6 +46,7 @@ class Watched:
 
     def __init__(self, reward: Reward) -> None:
         self.reward, self.name, self.differentiable = reward, reward.name, reward.differentiable
+        self.concurrent = bool(getattr(reward, "concurrent", False))  # see ``overlap``
         self._seen = self._blank = 0
 
     def __call__(self, samples: Any, prompts: Sequence[str], **columns: Any) -> Tensor:

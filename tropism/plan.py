@@ -14,7 +14,7 @@ import torch
 
 from tropism import catalog
 from tropism.catalog import RewardSpec
-from tropism.config import BadInput, DeviceSettings, TrainSettings, one_line
+from tropism.config import BadInput, DeviceSettings, PlaceSettings, TrainSettings, one_line
 from tropism.data.prompts import PromptSet
 from tropism.health import Watched
 from tropism.log import check_trackers
@@ -112,7 +112,7 @@ def given(value: T | None, name: str, model: str) -> T:
     return value
 
 
-def check_device(settings: DeviceSettings) -> torch.device:
+def check_device(settings: PlaceSettings) -> torch.device:
     """The device to use; also sets the number of threads. Raises BadInput for one that is not there."""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -120,7 +120,7 @@ def check_device(settings: DeviceSettings) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"device is {name}, which torch cannot use here; wanted cpu, or a GPU such as cuda") from error
-    if device.type == "cpu" and settings.mixed_precision == "fp16":
+    if device.type == "cpu" and getattr(settings, "mixed_precision", "no") == "fp16":
         raise BadInput("mixed_precision is fp16; wanted no or bf16 on a processor: fp16 is for GPUs")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -191,7 +191,7 @@ def set_up(plan: Plan) -> Bench:
             model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, generator=generator)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-    reward = build_rewards(plan.rewards, settings.model, model, plan.prompts, plan.device)
+    reward = build_rewards(plan.rewards, settings.model, model, plan.prompts, plan.device, settings.reward_cache)
     watched = Watched(reward)
     with as_bad_input(ValueError, TypeError):
         method = plan.method_settings.build(model, watched, torch.Generator().manual_seed(settings.seed + 1))
@@ -204,16 +204,25 @@ def set_up(plan: Plan) -> Bench:
 
 
 def build_rewards(
-    specs: Sequence[RewardSpec], name: str, model: LatentPipeline, prompts: PromptSet, device: torch.device
+    specs: Sequence[RewardSpec],
+    name: str,
+    model: LatentPipeline,
+    prompts: PromptSet,
+    device: torch.device,
+    cache: str | None = None,
 ) -> Weighted:
-    """The weighted sum, after each reward has scored two pictures of noise. Raises BadInput."""
+    """The weighted sum, after each reward has scored two pictures of noise; scores are kept in ``cache``. Raises
+    BadInput."""
     with as_bad_input(RewardError, OSError, ImportError):
         rewards = [catalog.build_reward(spec, name, device) for spec in specs]
         with torch.no_grad():
             shape = model.decode(torch.zeros(1, *model.latent_shape, device=device)).shape[1:]
         noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         pair = prompts.batch([0, 1 % len(prompts)], 1)
-        weighted = [(try_reward(reward, noise, pair), spec.weight) for reward, spec in zip(rewards, specs, strict=True)]
+        tried = [try_reward(reward, noise, pair) for reward in rewards]
+        if cache is not None:
+            tried = [catalog.cached(reward, spec, name, cache) for reward, spec in zip(tried, specs, strict=True)]
+        weighted = [(reward, spec.weight) for reward, spec in zip(tried, specs, strict=True)]
         counted = [each.name if weight == 1 else f"{weight:g} {each.name}" for each, weight in weighted if weight]
         return Weighted(weighted, name=" + ".join(counted))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,9 @@ from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, t
 from tropism.guidance.cfg import Guided, Scale
 from tropism.randomness import Randomness, normal, row_generators, row_seeds
 from tropism.samplers.chain import Move, walk
+
+Finished = Callable[[Tensor, Tensor], None]
+"""finished(rows (N,), their clean latents (N, ...)): told of every micro-batch, in order."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,13 @@ class Policy:
         return walk(self.kernel, self.denoiser, x, self.ts, cond, generator)
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], generator: torch.Generator | None = None, x: Tensor | None = None) -> Tensor:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        generator: torch.Generator | None = None,
+        x: Tensor | None = None,
+        finished: Finished | None = None,
+    ) -> Tensor:
         """Clean latents (B, ...), from x (B, ...) or fresh noise."""
         own = row_generators(row_seeds(len(prompts), generator))
         x = self.noise(len(prompts), own) if x is None else x
@@ -72,6 +81,8 @@ class Policy:
         for rows in torch.arange(len(prompts)).split(self.microbatch):
             *_, last = self.chain(x[rows], take(cond, rows), [own[row] for row in rows])
             ends.append(last.x_next)
+            if finished is not None:
+                finished(rows, ends[-1])
         return torch.cat(ends)
 
     @torch.no_grad()
@@ -102,12 +113,19 @@ class Chains:
 
 
 @torch.no_grad()
-def run_chains(policy: Policy, x: Tensor, cond: Cond, generators: Sequence[torch.Generator]) -> Chains:
+def run_chains(
+    policy: Policy,
+    x: Tensor,
+    cond: Cond,
+    generators: Sequence[torch.Generator],
+    finished: Finished | None = None,
+) -> Chains:
     """Chains from x (B, ...) under ``cond`` (B rows), by micro-batches, each with its own generator (B)."""
-    parts = [
-        _run(policy, x[rows], take(cond, rows), [generators[row] for row in rows])
-        for rows in torch.arange(len(x)).split(policy.microbatch)
-    ]
+    parts = []
+    for rows in torch.arange(len(x)).split(policy.microbatch):
+        parts.append(_run(policy, x[rows], take(cond, rows), [generators[row] for row in rows]))
+        if finished is not None:
+            finished(rows, parts[-1][0][:, -1])
     xs, log_prob, mask = (torch.cat(values) for values in zip(*parts, strict=True))
     return Chains(xs, policy.ts, log_prob, mask, xs[:, -1])
 

@@ -15,7 +15,7 @@ from tropism.flags import words_by_flag
 if TYPE_CHECKING:
     from tropism.data.prompts import PromptSet
 
-FREE = {"steps", "save_every", "eval_every", "report_to", "threads", "device", "sample_batch"}
+FREE = {"steps", "save_every", "eval_every", "report_to", "threads", "device", "sample_batch", "reward_cache"}
 FREE |= {field.name for field in fields(HealthSettings)} - {"mixed_precision"}
 """What may change between the parts of a run without changing what is learnt (a device only up to rounding)."""
 

@@ -26,7 +26,8 @@ from tropism.credit import Credit, group_relative, per_prompt
 from tropism.explore import Exploration
 from tropism.losses import policy as losses
 from tropism.methods.settings import PolicyGradientSettings
-from tropism.policy import Policy, reward_statistics, run_chains, score_latents
+from tropism.overlap import scored_chains
+from tropism.policy import Policy, reward_statistics
 from tropism.randomness import row_generators, row_seeds
 from tropism.rollout import Cells, gather, slices, trainable
 from tropism.samplers import DDIM, FlowSDE, noise_until
@@ -95,8 +96,7 @@ class DDPO:
         x = self.policy.noise(len(batch.text), generators)
         if self.same_noise:
             x = x[(batch.group[:, None] == batch.group[None, :]).int().argmax(1)]
-        chains = run_chains(self.policy, x, cond, generators)
-        reward = score_latents(self.policy, self.reward, chains.final, batch)
+        chains, reward = scored_chains(self.policy, self.reward, batch, x, cond, generators)
         advantage = self.credit(batch.text, reward.cpu(), batch.group).to(reward.device)
         advantage = advantage.clamp(-self.max_advantage, self.max_advantage)
         return Rollout(chains.xs, chains.ts, chains.log_prob, chains.mask, cond, reward, advantage, batch.group)

@@ -19,7 +19,8 @@ from torch import Tensor
 from tropism.base import Cond, Kernel, Loss, Prompts, Reward, TextToImage, take
 from tropism.denoisers import NetDenoiser, regression_target
 from tropism.methods.settings import MethodSettings
-from tropism.policy import Policy, reward_statistics, score_latents
+from tropism.overlap import scored_draw
+from tropism.policy import Policy, reward_statistics
 from tropism.rollout import slices
 from tropism.samplers import DDIM, EulerODE
 from tropism.schedules import RectifiedFlow, add_noise
@@ -90,8 +91,7 @@ class RAFT:
     def experience(self, batch: Prompts) -> Iterator[Iterator[Kept]]:
         """Samples, scores and weighs a batch, then yields what has weight, shuffled, in ``updates`` slices a pass, with
         fresh times and noise each pass."""
-        latents = self.policy.draw(batch.text, self.generator)
-        reward = score_latents(self.policy, self.reward, latents, batch)
+        latents, reward = scored_draw(self.policy, self.reward, batch, self.generator)
         info = reward_statistics(reward, batch.group)
         weight = self.weigh(reward.cpu(), batch.group)
         rows = weight.nonzero().flatten()

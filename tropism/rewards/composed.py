@@ -41,6 +41,8 @@ class Weighted:
         self.normalise = normalise
         self.name = name or " + ".join(f"{weight:g}*{reward.name}{unit}" for reward, weight in rewards)
         self.differentiable = all(reward.differentiable for reward, weight in rewards if weight)
+        # A spread is that of the whole batch, and parts of a batch may come one by one.
+        self.concurrent = not normalise and any(getattr(reward, "concurrent", False) for reward, _ in rewards)
 
     def parts(self, samples: Any, prompts: Sequence[str], **columns: Any) -> dict[str, Tensor]:
         """Every part as its reward gave it, by name: neither weighted nor normalised, each (B,)."""
