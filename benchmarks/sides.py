@@ -66,7 +66,6 @@ class Tropism(Timed):
 
     def __init__(self, args: argparse.Namespace, model: Any, settings: Any, differentiable: bool, groups: Any) -> None:
         import torch
-        from accelerate import Accelerator
 
         from tropism.base import Prompts
         from tropism.rewards.callables import as_reward
@@ -77,13 +76,13 @@ class Tropism(Timed):
         self.method = settings.build(model, reward, torch.Generator().manual_seed(args.seed + 1))
         self.optimizer = worker.optimizer_of(model.parameters(), settings.learning_rate)
         self.batch = Prompts(worker.prompts(args.images), groups, {})
-        self.accelerator, self.images = Accelerator(cpu=True), args.images
+        self.images = args.images
 
     def iterate(self) -> int:
         """A batch of experience and its updates."""
         from tropism.train import train
 
-        train(self.method, [self.batch], self.optimizer, steps=1, accelerator=self.accelerator)
+        train(self.method, [self.batch], self.optimizer, steps=1)
         return self.images
 
 

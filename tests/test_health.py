@@ -14,7 +14,7 @@ from small_run import refused, said, small_place, train_words
 from test_resume import metrics, weights
 
 from tropism.config import HealthSettings
-from tropism.health import Unhealthy, Watch, Watched, blank
+from tropism.health import HealthCheck, Unhealthy, Watched, blank
 from tropism.models.latent_pipeline import LatentPipeline
 from tropism.rewards import as_reward
 
@@ -56,19 +56,19 @@ def test_a_watched_reward_is_the_reward_and_counts_what_passed() -> None:
     ],
 )
 def test_trouble_says_what_was_measured_and_what_to_change(measured: dict[str, float], sentence: str) -> None:
-    watch = Watch(HealthSettings(max_kl=30.0))
-    watch.check({name: value * 0.8 for name, value in measured.items()})
+    check = HealthCheck(HealthSettings(max_kl=30.0))
+    check.check({name: value * 0.8 for name, value in measured.items()})
     with pytest.raises(Unhealthy, match=sentence):
-        watch.check(measured)
+        check.check(measured)
 
 
 def test_flat_groups_are_trouble_three_steps_in_a_row() -> None:
-    watch = Watch(HealthSettings(max_flat=0.8))
+    check = HealthCheck(HealthSettings(max_flat=0.8))
     for share in (0.9, 0.9, 0.8, 0.9, 0.9):
-        watch.check({"zero_std_ratio": share})
-    watch.check({"eval_reward": 1.0})  # an evaluation says nothing of groups
+        check.check({"zero_std_ratio": share})
+    check.check({"eval_reward": 1.0})  # an evaluation says nothing of groups
     with pytest.raises(Unhealthy, match=r"90% of the prompts had images that all score the same.*3 steps in a row"):
-        watch.check({"zero_std_ratio": 0.9})
+        check.check({"zero_std_ratio": 0.9})
 
 
 def steps(run: str) -> list[int]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from tropism.base import Loss, Prompts
@@ -226,38 +225,27 @@ def test_check_finite_names_what_it_checked():
         check_finite(torch.tensor(math.nan), "it", 7)
 
 
-# --- one process of Accelerate ---
-
-
-def test_an_accelerator_may_be_given():
-    """One process: the same as without."""
-    plain, given = (Script([[([6.0, 8.0], 2)]]) for _ in range(2))
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 1
-    run(plain)
-    (step,) = run(given, accelerator=accelerator)
-    assert torch.equal(plain.w, given.w) and step.images == 2
+# --- several processes ---
 
 
 class TwoProcesses:
-    """Stands in for an accelerator of two processes whose other one holds the same gradients, and a weight of 3."""
+    """Stands in for two processes whose other one holds the same gradients, and a weight of 3."""
 
-    num_processes = 2
+    count = 2
 
-    def reduce(self, value, how):
-        assert how == "sum"
+    def summed(self, value):
         return value + 3 if value.ndim == 0 else 2 * value
 
 
 def test_gradients_of_all_processes_are_divided_by_what_they_stand_for_together():
     w = nn.Parameter(torch.zeros(2))
     (w * torch.tensor([2.0, 0.0])).sum().backward()
-    norm = update(torch.optim.SGD([w], lr=1.0), [w], torch.tensor(1.0), max_norm=0, step=1, accelerator=TwoProcesses())
+    norm = update(torch.optim.SGD([w], lr=1.0), [w], torch.tensor(1.0), max_norm=0, step=1, processes=TwoProcesses())
     assert norm == pytest.approx(1) and w.tolist() == [-1.0, 0.0]
 
 
 def test_a_process_with_nothing_of_its_own_takes_part():
     """Its weight is 0 and it has no gradient yet: the step is that of the others, not a skip."""
     w = nn.Parameter(torch.zeros(2))
-    norm = update(torch.optim.SGD([w], lr=1.0), [w], torch.tensor(0.0), max_norm=0, step=1, accelerator=TwoProcesses())
+    norm = update(torch.optim.SGD([w], lr=1.0), [w], torch.tensor(0.0), max_norm=0, step=1, processes=TwoProcesses())
     assert norm == 0 and w.grad is None

@@ -159,6 +159,13 @@ class Prompts:
     columns: Mapping[str, Sequence[Any]]  # metadata: B values a column
 
 
+def pick(prompts: Prompts, rows: Tensor) -> Prompts:
+    """Rows (N,) of a batch."""
+    places = rows.tolist()
+    columns = {name: [values[place] for place in places] for name, values in prompts.columns.items()}
+    return Prompts([prompts.text[place] for place in places], prompts.group[rows], columns)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Chains that were run, and what they earned."""

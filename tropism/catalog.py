@@ -292,7 +292,7 @@ def _from_pretrained(kind: str) -> Callable[[str | None, torch.device], Reward]:
         from tropism.models.quiet import quiet_libraries
 
         quiet_libraries()
-        made = getattr(clip_rewards, kind).from_pretrained(*([] if source is None else [source]), device=device)
-        return made  # type: ignore[no-any-return]
+        made: Reward = getattr(clip_rewards, kind).from_pretrained(*([] if source is None else [source]), device=device)
+        return made
 
     return build

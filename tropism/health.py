@@ -67,7 +67,7 @@ class Watched:
         return share
 
 
-class Watch:
+class HealthCheck:
     """Compares what steps and evaluations measured with the limits; remembers how long groups have been flat."""
 
     PATIENCE = 3  # steps in a row in which too many groups were flat

@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Prompts, Reward
+from tropism.base import Cond, Prompts, Reward, pick
 from tropism.policy import Chains, Policy, run_chains, score_latents
 
 
@@ -64,21 +64,21 @@ class Scoring:
         for part in self._parts:
             if part.done():
                 part.result()  # there is no use in sampling on
-        images, at = self.policy.decode(latents), rows.tolist()
+        images, own = self.policy.decode(latents), pick(self.prompts, rows)
         if self._pool is not None:
-            self._parts.append(self._pool.submit(self._score, images, at))
+            self._parts.append(self._pool.submit(self._score, images, own))
         else:
             done = Future[Tensor]()
-            done.set_result(self._score(images, at))
+            done.set_result(self._score(images, own))
             self._parts.append(done)
 
     @torch.no_grad()
-    def _score(self, images: Tensor, rows: list[int]) -> Tensor:
-        columns = {name: [values[row] for row in rows] for name, values in self.prompts.columns.items()}
-        return self.reward(images, [self.prompts.text[row] for row in rows], **columns)
+    def _score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        return self.reward(images, prompts.text, **prompts.columns)
 
     def of(self, latents: Tensor) -> Tensor:
         """(B,) rewards of all latents (B, ...), on their device. Raises what the reward raised."""
         if not self._early:
             return score_latents(self.policy, self.reward, latents, self.prompts)
-        return torch.cat([part.result().to(latents.device) for part in self._parts])
+        own, processes = torch.cat([part.result().to(latents.device) for part in self._parts]), self.policy.processes
+        return processes.joined(own, processes.share(torch.arange(len(latents))), len(latents))

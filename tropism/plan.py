@@ -18,6 +18,7 @@ from tropism.config import BadInput, DeviceSettings, PlaceSettings, TrainSetting
 from tropism.data.prompts import PromptSet
 from tropism.health import Watched
 from tropism.log import check_trackers
+from tropism.processes import ALONE, Processes
 from tropism.resume import check_same, find_run
 from tropism.rewards import RewardError, ScoredReward, Weighted, check_scores
 
@@ -44,6 +45,7 @@ class Plan:
     trackers: Sequence[str]
     out: Path
     resume: Path | None = None  # the checkpoint to go on from
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Bench:
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     watched: Watched  # the reward as the method has it
+    processes: Processes
 
 
 # Checks; nothing is loaded.
@@ -200,7 +203,7 @@ def set_up(plan: Plan) -> Bench:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.method_settings.learning_rate, weight_decay=plan.method_settings.weight_decay
     )
-    return Bench(model, reward, method, optimizer, _ema(model, settings.ema), watched)
+    return Bench(model, reward, method, optimizer, _ema(model, settings.ema), watched, plan.processes)
 
 
 def build_rewards(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, take
+from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, pick, take
 from tropism.guidance.cfg import Guided, Scale
+from tropism.processes import ALONE, Processes
 from tropism.randomness import Randomness, normal, row_generators, row_seeds
 from tropism.samplers.chain import Move, walk
 
@@ -25,7 +26,7 @@ class Policy:
 
     ``guidance`` is a number, a ``Scale``, or None for the model's default. ``detach_null`` keeps gradients out of the
     unconditional branch. ``microbatch`` bounds how many chains run at once; it never changes what they are, because
-    every chain has its own noise.
+    every chain has its own noise. Several ``processes`` share the chains of a batch, and each ends up with all of them.
     """
 
     model: TextToImage
@@ -34,6 +35,7 @@ class Policy:
     guidance: float | Scale | None = None
     detach_null: bool = False
     microbatch: int = 64
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -77,13 +79,13 @@ class Policy:
         own = row_generators(row_seeds(len(prompts), generator))
         x = self.noise(len(prompts), own) if x is None else x
         cond = self.model.encode(prompts)
-        ends = []
-        for rows in torch.arange(len(prompts)).split(self.microbatch):
+        ends, mine = [], self.processes.share(torch.arange(len(prompts)))
+        for rows in mine.split(self.microbatch):
             *_, last = self.chain(x[rows], take(cond, rows), [own[row] for row in rows])
             ends.append(last.x_next)
             if finished is not None:
                 finished(rows, ends[-1])
-        return torch.cat(ends)
+        return self.processes.joined(torch.cat(ends), mine, len(prompts))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -121,12 +123,13 @@ def run_chains(
     finished: Finished | None = None,
 ) -> Chains:
     """Chains from x (B, ...) under ``cond`` (B rows), by micro-batches, each with its own generator (B)."""
-    parts = []
-    for rows in torch.arange(len(x)).split(policy.microbatch):
+    parts, mine = [], policy.processes.share(torch.arange(len(x)))
+    for rows in mine.split(policy.microbatch):
         parts.append(_run(policy, x[rows], take(cond, rows), [generators[row] for row in rows]))
         if finished is not None:
             finished(rows, parts[-1][0][:, -1])
-    xs, log_prob, mask = (torch.cat(values) for values in zip(*parts, strict=True))
+    own = (torch.cat(values) for values in zip(*parts, strict=True))
+    xs, log_prob, mask = (policy.processes.joined(values, mine, len(x)) for values in own)
     return Chains(xs, policy.ts, log_prob, mask, xs[:, -1])
 
 
@@ -142,7 +145,10 @@ def _run(policy: Policy, x: Tensor, cond: Cond, generator: Randomness) -> tuple[
 @torch.no_grad()
 def score_latents(policy: Policy, reward: Reward, latents: Tensor, prompts: Prompts) -> Tensor:
     """Rewards (B,) of decoded latents; the columns of ``prompts`` reach the reward by name. Without gradients."""
-    return reward(policy.decode(latents), prompts.text, **prompts.columns).to(latents.device)
+    mine = policy.processes.share(torch.arange(len(latents)))
+    own = pick(prompts, mine)
+    scores = reward(policy.decode(latents[mine]), own.text, **own.columns).to(latents.device)
+    return policy.processes.joined(scores, mine, len(latents))
 
 
 def reward_statistics(reward: Tensor, group: Tensor) -> dict[str, float]:

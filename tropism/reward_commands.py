@@ -103,8 +103,8 @@ def _door(host: str, port: int) -> socket.socket:
     """A socket that is listening: from here on callers wait instead of being turned away. Raises BadInput."""
     try:
         door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        # Callers inherit it. Without, each reply waits 40 ms for an acknowledgement: asyncio sets it only on sockets that
-        # were made with the protocol's number, which create_server does not give.
+        # Callers inherit it. Without, each reply waits 40 ms for an acknowledgement: asyncio sets it only on sockets
+        # that were made with the protocol's number, which create_server does not give.
         door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return door
     except OSError as error:

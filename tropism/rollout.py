@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Rollout, take
+from tropism.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ def trainable(
     return rows, columns
 
 
-def slices(order: Tensor, updates: int, minibatch: int) -> list[Sequence[Tensor]]:
-    """``order`` (N,) in ``updates`` nearly equal parts, each in minibatches. A part may have none: there are always
-    ``updates`` of them, so that processes agree on how often to step."""
-    return [part.split(minibatch) if len(part) else () for part in order.tensor_split(updates)]
+def slices(order: Tensor, updates: int, minibatch: int, processes: Processes = ALONE) -> list[Sequence[Tensor]]:
+    """``order`` (N,) in ``updates`` nearly equal parts, and of each this process's share, in minibatches. A part may
+    have none: there are always ``updates`` of them, so that processes agree on how often to step."""
+    parts = [processes.share(part) for part in order.tensor_split(updates)]
+    return [part.split(minibatch) if len(part) else () for part in parts]
 
 
 def gather(rollout: Rollout, rows: Tensor, columns: Tensor, on_policy: bool, info: Mapping[str, float]) -> Cells:

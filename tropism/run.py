@@ -27,7 +27,7 @@ from tropism.config import BadInput, RunFailed, one_line, save_config
 from tropism.data.prompts import batches
 from tropism.ema import Ema
 from tropism.evaluate import Evaluation, deterministic, evaluate, first_images, interval, paired_gain
-from tropism.health import Unhealthy, Watch
+from tropism.health import HealthCheck, Unhealthy
 from tropism.log import Lines, Progress, reason, start_trackers
 from tropism.plan import Bench, Plan, as_bad_input, set_up
 from tropism.report import Outcome, compared
@@ -86,7 +86,7 @@ class Run:
         self.lines, self.rows = Lines(self.out / "metrics.jsonl"), list[dict[str, Any]]()
         self.progress = Progress(self.settings.steps)
         self.at = self.finished = self.flat = self.images = self.rollbacks = 0  # at: the last step done or skipped
-        self.watch = Watch(plan.settings)
+        self.health = HealthCheck(plan.settings)
         self.started = time.perf_counter()
         self.stop_asked: Callable[[], bool] = lambda: False
         self._accelerator: Accelerator | None = None
@@ -143,7 +143,7 @@ class Run:
     def _restore(self, kept: Mapping[str, Any]) -> None:
         """What was counted and written up to the checkpoint."""
         self.at, self.images, self.flat = (int(kept[name]) for name in ("step", "images", "flat"))
-        self.watch.flat = int(kept["flat_groups"])
+        self.health.flat = int(kept["flat_groups"])
         self.rows = self.lines.keep(self.at)
 
     def learn(self) -> None:
@@ -162,7 +162,7 @@ class Run:
                     first=self.at,
                     max_norm=policy.max_grad_norm,
                     hooks=[self._on_step],
-                    accelerator=self._accelerator,
+                    processes=self.bench.processes,
                 )
             except NothingToLearn as error:
                 self._skip(error)
@@ -232,7 +232,7 @@ class Run:
     def _check_health(self, row: Mapping[str, float]) -> None:
         """Before a checkpoint, so that the last one is always of a run that was well."""
         try:
-            self.watch.check(row)
+            self.health.check(row)
         except Unhealthy as error:
             if self.settings.on_trouble != "warn":
                 raise
@@ -241,7 +241,7 @@ class Run:
     def _checkpoint(self) -> None:
         bench, seconds = self.bench, time.perf_counter() - self.started
         said: dict[str, Any] = {"images": self.images, "flat": self.flat, "seconds": seconds}
-        said |= {"flat_groups": self.watch.flat, "rollbacks": self.rollbacks}
+        said |= {"flat_groups": self.health.flat, "rollbacks": self.rollbacks}
         said["prompts"] = fingerprint(self.plan.prompts)
         save_checkpoint(self.out / "checkpoints", self.at, bench.model, bench.optimizer, bench.method, bench.ema, said)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from tropism.base import Loss, Method
+from tropism.processes import ALONE, Processes
 
 
 class NonFinite(RuntimeError):
@@ -72,28 +72,38 @@ def update(
     *,
     max_norm: float,
     step: int,
-    accelerator: Accelerator,
+    processes: Processes = ALONE,
 ) -> float | None:
     """Divides the summed gradients once by the all-reduced weight, clips, checks, steps. Returns the gradient's norm.
 
     The division is by what every process together stands for, so 1, 2 and 4 processes make the same update. When that
     is nothing, every process skips the update (not even weight decay happens) and the answer is None.
     """
-    total = accelerator.reduce(weight.detach().clone(), "sum")
+    total = processes.summed(weight.detach())
     if not float(total):
         optimizer.zero_grad(set_to_none=True)
         return None
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if accelerator.num_processes > 1:
-            parameter.grad = accelerator.reduce(parameter.grad, "sum")
+    if processes.count > 1:
+        _sum_gradients(parameters, processes)
+    for parameter in parameters:
+        assert parameter.grad is not None
         parameter.grad.div_(total.to(parameter.grad))
     norm = clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
     check_finite(norm, "the gradient norm", step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
+
+
+def _sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
+    """In one exchange; the other processes' gradients are added to those that are there."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    whole = processes.summed(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, whole.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def train(
@@ -105,7 +115,7 @@ def train(
     first: int = 0,
     max_norm: float = 1.0,
     hooks: Sequence[Hook] = (),
-    accelerator: Accelerator | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Batches of experience ``first`` + 1 to ``steps``; an optimizer step after each update that the method yields.
 
@@ -114,16 +124,28 @@ def train(
     Raises NonFinite, before anything is stepped, on a loss or gradient that is not finite; NothingToLearn when no image
     of a batch is better or worse than another.
     """
-    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, batch in zip(range(first + 1, steps + 1), batches, strict=False):
         started = time.perf_counter()
-        sums, info, norms = _one_batch(method, batch, optimizer, parameters, max_norm, number, accelerator)
-        metrics = {**info, **sums.means(), "grad_norm": sum(norms) / len(norms), "updates": float(len(norms))}
+        sums, info, norms = _one_batch(method, batch, optimizer, parameters, max_norm, number, processes)
+        metrics = {**_of_all(sums, info, processes), "grad_norm": sum(norms) / len(norms), "updates": float(len(norms))}
         seconds = time.perf_counter() - started
-        report = Step(number, metrics, seconds, len(batch.text) * accelerator.num_processes)
+        report = Step(number, metrics, seconds, len(batch.text))
         for hook in hooks:
             hook(report)
+
+
+def _of_all(sums: _Sums, info: Mapping[str, float], processes: Processes) -> dict[str, float]:
+    """The metrics of a batch, each process counting by what its minibatches stand for."""
+    if processes.count == 1:
+        return {**info, **sums.means()}
+    every = processes.every({"weight": sums.weight, "values": sums.values, "info": dict(info)})
+    found = _Sums(sum(each["weight"] for each in every))
+    for each in every:
+        known = {name: each["weight"] * value for name, value in each["info"].items()}
+        for name, value in (known | each["values"]).items():
+            found.values[name] = found.values.get(name, 0.0) + value
+    return found.means()
 
 
 def _one_batch(
@@ -133,7 +155,7 @@ def _one_batch(
     parameters: Sequence[torch.nn.Parameter],
     max_norm: float,
     number: int,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> tuple[_Sums, dict[str, float], list[float]]:
     sums, info, norms = _Sums(), dict[str, float](), list[float]()
     for minibatches in method.experience(batch):
@@ -145,7 +167,7 @@ def _one_batch(
             sums.add(loss)
             info.update(getattr(minibatch, "info", {}))
             weight += loss.weight.detach().double().cpu()
-        norm = update(optimizer, parameters, weight, max_norm=max_norm, step=number, accelerator=accelerator)
+        norm = update(optimizer, parameters, weight, max_norm=max_norm, step=number, processes=processes)
         if norm is not None:
             norms.append(norm)
             method.after_step()

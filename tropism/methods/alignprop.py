@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, Kernel, Loss, Prediction, Prompts, Reward, TextToImage, bcast, take
+from tropism.base import Cond, Denoiser, Kernel, Loss, Prediction, Prompts, Reward, TextToImage, bcast, pick, take
 from tropism.explore import Exploration
 from tropism.methods.settings import ExploreSettings
 from tropism.policy import Policy, reward_statistics
@@ -48,12 +48,6 @@ class Draws:
     def info(self) -> dict[str, float]:
         """Statistics of the batch, complete after its last slice, and how many moves keep a graph."""
         return {**reward_statistics(self.rewards, self.group), "window": float(self.span.last - self.span.first)}
-
-
-def _rows(batch: Prompts, rows: Tensor) -> Prompts:
-    picked = rows.tolist()
-    columns = {name: [values[row] for row in picked] for name, values in batch.columns.items()}
-    return Prompts([batch.text[row] for row in picked], batch.group[rows], columns)
 
 
 @dataclass
@@ -92,8 +86,8 @@ class AlignProp:
         span = self.window(self.policy.steps, self.generator)
         rewards = torch.full((len(batch.text),), math.nan)
         yield (
-            Draws(_rows(batch, rows), rows, take(cond, rows), seeds[rows], span, rewards, batch.group)
-            for rows in torch.arange(len(batch.text)).split(self.minibatch)
+            Draws(pick(batch, rows), rows, take(cond, rows), seeds[rows], span, rewards, batch.group)
+            for rows in self.policy.processes.share(torch.arange(len(batch.text))).split(self.minibatch)
         )
 
     def loss(self, draws: Draws) -> Loss:

@@ -84,7 +84,7 @@ class DDPO:
         self._updated = False
         for _ in range(self.inner_epochs):
             order = torch.randperm(len(rows), generator=self.generator)
-            for parts in slices(order, self.updates, self.minibatch):
+            for parts in slices(order, self.updates, self.minibatch, self.policy.processes):
                 yield (gather(rollout, rows[index], columns[index], not self._updated, info) for index in parts)
 
     def rollout(self, batch: Prompts) -> Rollout:

@@ -102,7 +102,7 @@ class RAFT:
             eps = self.policy.noise(len(rows), self.generator)
             shown = self._dropped(cond, len(rows))
             order = torch.randperm(len(rows), generator=self.generator)
-            for parts in slices(order, self.updates, self.minibatch):
+            for parts in slices(order, self.updates, self.minibatch, self.policy.processes):
                 yield (Kept(latents[i], t[i], eps[i], weight[i], take(shown, i), info) for i in parts)
 
     def loss(self, kept: Kept) -> Loss:

@@ -1,0 +1,130 @@
+"""1, 2 and 4 processes with the same global batch make the same update; every process ends with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from methods import ROWS, Off, Row, toy
+from torch import Tensor
+
+from tropism.data.prompts import PromptSet, batches
+from tropism.models.toy import PROMPTS
+from tropism.processes import ALONE, Processes
+from tropism.train import Step, train
+
+COUNTS = (2, 4)
+
+
+class Table:
+    """Where the processes of a test, which are threads, add up what they have."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier, self.values = threading.Barrier(count, timeout=60), dict[int, Tensor]()
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread(Processes):
+    """A process that is a thread: the exchange goes through ``table``, everything else is as it is."""
+
+    table: Any = None
+
+    def summed(self, value: Tensor) -> Tensor:
+        self.table.values[self.index] = value.detach().clone()
+        self.table.barrier.wait()
+        total = sum((self.table.values[index] for index in range(1, self.count)), self.table.values[0])
+        self.table.barrier.wait()
+        return total
+
+
+def together(count: int, work: Any) -> list[Any]:
+    """What ``work``(processes) returns in each of ``count`` processes."""
+    if count == 1:
+        return [work(ALONE)]
+    table = Table(count)
+
+    def one(index: int) -> Any:
+        try:
+            return work(Thread(index, count, table=table))
+        except BaseException:
+            table.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def prompts(missing: bool) -> Any:
+    """Batches of five prompts: neither these nor their images can be dealt out evenly."""
+    columns = {"missing": [number == 3 for number in range(len(PROMPTS))]} if missing else {}
+    return batches(PromptSet(PROMPTS, columns), 5, 3, 0)
+
+
+def trained(row: Row, processes: Processes, missing: bool) -> tuple[Tensor, list[Step]]:
+    """(the update of two steps, in float64, what was said of them)."""
+    model = toy(row.target, double=True)
+    small = row.with_(minibatch=7, sample_batch=4, images_per_prompt=3, prompts_per_step=5)
+    method = small.build(model, Off(), torch.Generator().manual_seed(1))
+    method.policy = method.policy.with_(processes=processes)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer, said = torch.optim.SGD(model.parameters(), lr=1e-3), list[Step]()
+    train(method, prompts(missing), optimizer, steps=2, max_norm=0.5, hooks=[said.append], processes=processes)
+    pairs = zip(model.parameters(), before, strict=True)
+    return torch.cat([(end.detach() - start).flatten() for end, start in pairs]), said
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_same_update_however_many_processes(row: Row) -> None:
+    missing = row.name in ("ddpo", "alignprop", "raft")
+    ((alone, steps),) = together(1, lambda processes: trained(row, processes, missing))
+    assert alone.norm() > 0
+    for count in COUNTS:
+        (update, said), *others = together(count, lambda processes: trained(row, processes, missing))
+        for other, heard in others:
+            assert torch.equal(update, other) and [step.metrics for step in heard] == [step.metrics for step in said]
+        assert (update - alone).norm() <= 1e-9 * alone.norm()  # float64: 4e-14 measured
+        for mine, single in zip(said, steps, strict=True):
+            assert mine.images == single.images == 15 and mine.metrics.keys() == single.metrics.keys()
+            for name in ("reward_mean", "loss", "grad_norm", "updates"):
+                # the loss is a difference of large float32 numbers
+                assert mine.metrics[name] == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    rows = torch.arange(5)
+    assert ALONE.share(rows) is rows and ALONE.first
+    assert ALONE.joined(rows, rows, 5) is rows and ALONE.summed(rows) is rows
+    assert ALONE.any(True) and not ALONE.any(False)
+    assert ALONE.every({"a": 1}) == [{"a": 1}]
+
+
+def test_every_row_is_somebodys() -> None:
+    rows = torch.tensor([7, 3, 9, 1, 5])
+    shares = [Processes(index, 3).share(rows).tolist() for index in range(3)]
+    assert shares == [[7, 1], [3, 5], [9]]
+    assert Processes(2, 4).share(torch.arange(2)).tolist() == []
+
+
+def test_what_is_exchanged() -> None:
+    def work(processes: Processes) -> tuple[Any, ...]:
+        mine = processes.share(torch.arange(5))
+        values = torch.tensor([1.0, math.nan, 3.0, 4.0, 5.0])
+        flags = torch.tensor([[True, False]] * 5)
+        return (
+            processes.joined(values[mine], mine, 5),
+            processes.joined(flags[mine], mine, 5),
+            processes.any(processes.index == 1),
+            processes.any(False),
+            processes.every({"name": "é" * processes.index, "value": 0.1}),
+        )
+
+    for values, flags, some, none, said in together(3, work):
+        assert values.nan_to_num(2.0).tolist() == [1, 2, 3, 4, 5]
+        assert flags.dtype == torch.bool and flags.tolist() == [[True, False]] * 5
+        assert some and not none
+        assert said == [{"name": "é" * index, "value": 0.1} for index in range(3)]
