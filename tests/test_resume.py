@@ -18,6 +18,7 @@ from small_run import said, small_place, train_words
 
 from tropism import catalog
 from tropism.resume import with_its_config
+from tropism.sums import seal
 
 FLOW = {"flow-grpo"}
 METHODS = sorted(catalog.method_names())
@@ -133,10 +134,14 @@ def test_what_cannot_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     whole = state.read_text()
     for broken, sentence in ((whole[:40], "is not whole"), (whole.replace("statistics", "x"), "remembers ['x']")):
         state.write_text(broken)
-        before[state] = broken.encode()
+        seal(state.parent)
+        before |= {path: path.read_bytes() for path in state.parent.iterdir()}
         refused(go_on, sentence)
     state.write_text(whole)
     before[state] = whole.encode()
+    refused(go_on, "step-000001 is not whole: state.json is not what was written")
+    seal(state.parent)
+    before |= {path: path.read_bytes() for path in state.parent.iterdir()}
     Path("prompts.txt").write_text("a red fox\n")
     refused(go_on, "the prompts (prompts.txt) are not those that run was trained on")
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tropism.resume import checkpoints
+from tropism.sums import check_seal, seal
 
 if TYPE_CHECKING:
     from tropism.ema import Ema
@@ -55,6 +56,7 @@ def save_checkpoint(
         remembered = {name: holder.state_dict() for name, holder in method_holders(method).items()}
         state = {"step": step, "optimizer": settings, "method": remembered, "run": dict(run or {})}
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        seal(new)
         if final.exists():
             shutil.rmtree(final)
         os.replace(new, final)
@@ -70,6 +72,7 @@ def load_checkpoint(
 
     Raises ValueError, in one sentence, for a checkpoint that is not whole or not of this run's kind.
     """
+    check_seal(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")

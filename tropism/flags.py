@@ -183,6 +183,8 @@ def checked(parser: ArgumentParser, known: Mapping[str, Setting], entries: Mappi
             values[name] = value
             continue
         try:
+            if isinstance(value, Mapping):  # no setting is one, and jsonargparse stumbles over some
+                raise TypeError("it has entries")
             values[name] = parser.parse_object({name: copy.copy(value)})[name]
             if value is None and type(None) not in typing.get_args(setting.kind):
                 raise TypeError("it has no value")
