@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+import math
 import subprocess
 import sys
 
@@ -65,8 +66,8 @@ def test_solid_colors(color: tuple[float, ...], brightness: float, saturation: f
     assert found["brightness"] == pytest.approx(brightness, abs=1e-6)
     assert found["saturation"] == pytest.approx(saturation)
     assert found["redness"] == pytest.approx(redness)
-    flat = [found[name] for name in ("contrast", "high_frequency", "colour_entropy", "edge_density")]
-    assert flat == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    flat = [found[name] for name in ("contrast", "high_frequency", "grid_energy", "colour_entropy", "edge_density")]
+    assert flat == pytest.approx([0] * 5, abs=1e-6)
     assert found["dark_fraction"] == float(brightness < 0.1)
 
 
@@ -93,6 +94,42 @@ def test_high_frequency_is_the_variance_that_lies_above_half_nyquist() -> None:
     rows = torch.stack([slow, fast, 0.5 * slow + 0.5 * fast, (-1.0) ** x]) * 0.5 + 0.5
     images = rows[:, None, None, :].expand(4, 3, 16, 16)
     np.testing.assert_allclose(pixel_statistics(images)["high_frequency"], [0, 0.125, 0.03125, 0.25], atol=1e-6)
+
+
+def test_grid_energy_is_what_repeats_every_eight_pixels() -> None:
+    x = torch.arange(16.0)
+    waves = [torch.sin(2 * torch.pi * x * cycles / 16) for cycles in (6, 5, 2)]  # 6 / 16 is on the grid, 5 / 16 is not
+    rows = torch.stack([*waves, (-1.0) ** x, 1 - x / 8]) * 0.5 + 0.5
+    images = rows[:, None, None, :].expand(5, 3, 16, 16).clone()
+    images[3] = images[3] * (images[3].transpose(-1, -2) > 0.5)  # white dots, two pixels apart
+    found = pixel_statistics(images)
+    # Dots have the mean 1/4 and the powers 1/16 at each of (0, 1/2), (1/2, 0) and (1/2, 1/2).
+    np.testing.assert_allclose(found["grid_energy"][:4], [0.125, 0, 0, 3 / 16], atol=1e-6)
+    assert 0 < found["grid_energy"][4] < 0.01
+    assert (found["grid_energy"] <= found["high_frequency"] + 1e-7).all()
+    odd = torch.nn.functional.pad(images, (0, 3, 0, 5), value=1.0)  # beyond the last whole cell
+    np.testing.assert_allclose(pixel_statistics(odd)["grid_energy"], found["grid_energy"], atol=1e-6)
+    assert pixel_statistics(images[:, :, :4])["grid_energy"].tolist() == [0] * 5
+
+
+def test_a_chequerboard_and_a_ramp_have_known_statistics() -> None:
+    index = torch.arange(32)
+    board = ((index[:, None] + index) % 2).float().expand(3, 32, 32)
+    ramp = ((index + 0.5) / 32).expand(3, 32, 32)
+    found = pixel_statistics(torch.stack([board, ramp]))
+    wanted = {
+        "brightness": (0.5, 0.5),
+        "contrast": (0.5, math.sqrt((1 - 1 / 32**2) / 12)),
+        "saturation": (0, 0),
+        "high_frequency": (0.25, None),
+        "grid_energy": (0.25, None),
+        "colour_entropy": (1, 3),  # two greys; eight
+        "edge_density": (4 / 1024, 0),  # Sobel's filter sees no single pixels but in the corners; a ramp is too flat
+        "dark_fraction": (0.5, 3 / 32),
+    }
+    for name, pair in wanted.items():
+        for value, exact in zip(found[name].tolist(), pair, strict=True):
+            assert exact is None or value == pytest.approx(exact, abs=1e-6), name
 
 
 @pytest.mark.parametrize("name", sorted(SMOOTH))

@@ -24,6 +24,7 @@ from .scores import RewardError, as_images
 EDGE = 0.1  # luma change across a pixel's neighbourhood above which it counts as an edge (1 = black beside white)
 DARK = 0.1  # luma below which a pixel counts as dark
 LEVELS = 8  # per channel, for colour entropy
+CELL = 8  # pixels, for grid energy
 
 
 def _luma(images: Tensor) -> Tensor:
@@ -56,18 +57,34 @@ def redness(images: Tensor) -> Tensor:
     return red - (green + blue) / 2
 
 
+def _spectrum(luma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(power (B, H, W), rows (H,), columns (W,)): luma by frequency, in cycles a pixel; it sums to the mean square."""
+    rows, columns = (torch.fft.fftfreq(size, device=luma.device, dtype=luma.dtype) for size in luma.shape[1:])
+    return torch.view_as_real(torch.fft.fft2(luma, norm="forward")).square().sum(-1), rows, columns
+
+
 def high_frequency(images: Tensor) -> Tensor:
     """(B,) energy of luma above half the Nyquist frequency (radius > 1/4 cycle a pixel), mean square, [0, 0.25].
 
     By Parseval it is the part of the variance of luma that lies there.
     """
-    luma = _luma(images)
-    height, width = luma.shape[1:]
-    rows = torch.fft.fftfreq(height, device=luma.device, dtype=luma.dtype)
-    columns = torch.fft.fftfreq(width, device=luma.device, dtype=luma.dtype)
-    high = torch.hypot(rows[:, None], columns[None, :]) > 0.25
-    power = torch.view_as_real(torch.fft.fft2(luma, norm="forward")).square().sum(-1)
-    return torch.sum(power * high, (1, 2))
+    power, rows, columns = _spectrum(_luma(images))
+    return torch.sum(power * (torch.hypot(rows[:, None], columns[None, :]) > 0.25), (1, 2))
+
+
+def grid_energy(images: Tensor) -> Tensor:
+    """(B,) the part of ``high_frequency`` that repeats every 8 pixels, down and across, [0, 0.25].
+
+    Eight pixels are a latent's cell: chequerboards and tiles of a decoder or of patches lie on these frequencies,
+    pictures hardly do. Rows and columns beyond a multiple of 8 are left out; an image smaller than that has none.
+    """
+    height, width = (size // CELL * CELL for size in images.shape[2:])
+    if not height or not width:
+        return images.sum((1, 2, 3)) * 0
+    power, rows, columns = _spectrum(_luma(images[:, :, :height, :width]))
+    on_grid = [(each * CELL).frac().abs() < 1e-4 for each in (rows, columns)]
+    kept = (torch.hypot(rows[:, None], columns[None, :]) > 0.25) & on_grid[0][:, None] & on_grid[1][None, :]
+    return torch.sum(power * kept, (1, 2))
 
 
 def colour_entropy(images: Tensor) -> Tensor:
@@ -99,10 +116,11 @@ def dark_fraction(images: Tensor) -> Tensor:
 STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
     f.__name__: f
     for f in (
-        brightness, contrast, saturation, redness, high_frequency, colour_entropy, edge_density, dark_fraction,
+        brightness, contrast, saturation, redness, high_frequency, grid_energy, colour_entropy, edge_density,
+        dark_fraction,
     )
 }  # fmt: skip
-SMOOTH = frozenset({"brightness", "contrast", "saturation", "redness", "high_frequency"})
+SMOOTH = frozenset({"brightness", "contrast", "saturation", "redness", "high_frequency", "grid_energy"})
 
 
 def pixel_statistics(images: Tensor) -> dict[str, Tensor]:
