@@ -29,7 +29,7 @@ def render(plan: Plan, model: LatentPipeline, outcome: Outcome) -> str:
             f"# {plan.method} on {settings.model}",
             "",
             f"{what} trained by tropism {__version__} with {plan.method} on the "
-            f"reward `{' '.join(settings.reward)}`: {settings.steps} steps, {outcome.images} images.",
+            f"reward `{' '.join(settings.reward)}`: {outcome.steps} steps, {outcome.images} images.",
             "",
             "![The same prompts and seeds before and after](before_after.png)",
             "",

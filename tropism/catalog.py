@@ -186,6 +186,19 @@ def check_rewards(texts: Sequence[str]) -> list[RewardSpec]:
     return _told_apart([_checked(spec) for spec in specs])
 
 
+def check_held_out(texts: Sequence[str], trained: Sequence[str], model: str) -> list[RewardSpec]:
+    """Rewards that are only evaluated, with weight 0; none given: the model's own. Raises BadInput."""
+    known = check_rewards(trained)
+    texts = texts or [name for name in own_rewards(model) if name not in {spec.name for spec in known}]
+    for text in texts:
+        if parse_reward(text).text != text:
+            raise BadInput(f"eval_reward is {text}; wanted it without a weight: it is never summed")
+    found = check_rewards([*trained, *texts])[len(trained) :]
+    if clash := {spec.name for spec in known} & {spec.name for spec in found}:
+        raise BadInput(f"eval_reward has {sorted(clash)[0]}, which reward has too; wanted what is not trained on")
+    return [replace(spec, weight=0.0) for spec in found]
+
+
 def _told_apart(specs: list[RewardSpec]) -> list[RewardSpec]:
     """A user's function that shares its name with another reward is called MODULE:FUNCTION."""
     names = [spec.name for spec in specs]

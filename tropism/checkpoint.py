@@ -2,7 +2,8 @@
 
 A checkpoint is a folder with the adapter (as ``save_adapter`` writes it, so it can be drawn with),
 ``state.safetensors`` (the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``) and
-``state.json`` (the step, the optimizer's settings, what the method remembers, and what the run says of itself).
+``state.json`` (the step, the optimizer's settings, what the method remembers, and what the run says of itself). With
+an average of the weights its ``adapter`` folder has them averaged, as they were evaluated.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tropism.models.latent_pipeline import LatentPipeline
 
 KEPT = 2
+OLD = ".old"  # within a temporary folder: what a checkpoint that is whole replaces
 
 
 def save_checkpoint(
@@ -38,27 +40,28 @@ def save_checkpoint(
     method: Any,
     ema: Ema | None = None,
     run: Mapping[str, Any] | None = None,
+    name: str = "",
 ) -> Path:
-    """Writes ``folder/step-<step>`` and removes all but the last two. Whole or not at all."""
+    """Writes ``folder/step-<step>``, of which the last two are kept, or ``folder/<name>``. Whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:06}"
+    final = folder / (name or f"step-{step:06}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        new = Path(temporary) / "new"
+        new = Path(temporary) / final.name
         model.save_adapter(new)
         tensors, settings = optimizer_state(optimizer)
         if (generator := _generator(method)) is not None:
             tensors["generator"] = generator.get_state()
         if ema is not None:
-            tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new / "state.safetensors"
-        )
-        remembered = {name: holder.state_dict() for name, holder in method_holders(method).items()}
+            tensors |= {f"ema/{key}": value for key, value in ema.state_dict().items()}
+            with ema.swapped():
+                model.save_adapter(new / "adapter")
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, new / "state.safetensors")
+        remembered = {key: holder.state_dict() for key, holder in method_holders(method).items()}
         state = {"step": step, "optimizer": settings, "method": remembered, "run": dict(run or {})}
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         seal(new)
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, Path(temporary) / OLD)
         os.replace(new, final)
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
@@ -98,6 +101,15 @@ def load_checkpoint(
     for name, holder in holders.items():
         holder.load_state_dict(remembered[name])
     return {"step": step, **run}
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a process that was killed had half written, after finishing what only a rename was missing of."""
+    for half in folder.glob(".saving-*"):
+        for new in half.iterdir() if (half / OLD).exists() else ():
+            if new.name != OLD and not (folder / new.name).exists():
+                os.replace(new, folder / new.name)
+        shutil.rmtree(half)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

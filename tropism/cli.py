@@ -71,6 +71,20 @@ COMMANDS: Mapping[str, Command] = {
         "Compute a reward for others, over HTTP; on their side it is called remote:http://HOST:PORT.",
         leading="reward",
     ),
+    "report": Command(
+        "pages.settings:ReportSettings",
+        "pages.run_page:run_report",
+        "write the page of a run again",
+        "Write the report of a run: verdict, curves, pictures, settings; one HTML file that needs nothing else.",
+        "run",
+    ),
+    "compare": Command(
+        "pages.settings:CompareSettings",
+        "pages.compare_page:run_compare",
+        "put several runs side by side",
+        "Compare runs: a table here, and one HTML file with curves, pictures and the settings that differ.",
+        "runs",
+    ),
 }
 SHARED, OWN = "settings of every run", "settings of {}"
 PRESET = "demo.yaml"

@@ -93,7 +93,7 @@ class TrainSettings(HealthSettings):
     out: str | None = None
     """Folder of the run, new or empty; none: runs/METHOD-MODEL-NUMBER."""
     save_every: int = 25
-    """Steps between checkpoints, of which the last two are kept; 0: none but the final adapter."""
+    """Steps between checkpoints, of which the last two and the best are kept; 0: none but the final adapter."""
     eval_every: int = 10
     """Steps between evaluations; 0: only before and after."""
     eval_prompts: str | None = None
@@ -102,6 +102,12 @@ class TrainSettings(HealthSettings):
     """Images of an evaluation, one a prompt, going round the prompts where there are fewer."""
     eval_seed: int = 0
     """Of the noise that evaluation starts from: the same in every evaluation and every run."""
+    eval_reward: list[str] = field(default_factory=list)
+    """Held-out rewards: evaluated, never trained on; none: the model's own, where that is not trained on."""
+    best_by: str | None = None
+    """The reward whose best evaluation is kept as a checkpoint; none: the first held-out one, else reward, the sum."""
+    patience: int = 0
+    """Evaluations without a better one, after which training stops; 0: it does not."""
     lora_rank: int = 8
     """Size of the LoRA."""
     lora_alpha: int | None = None
@@ -123,7 +129,7 @@ class TrainSettings(HealthSettings):
         """Raises BadInput."""
         super().check()
         require(self.steps >= 1, "steps", self.steps, "at least 1")
-        for name in ("seed", "eval_seed", "save_every", "eval_every"):
+        for name in ("seed", "eval_seed", "save_every", "eval_every", "patience"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.eval_images >= 2, "eval_images", self.eval_images, "at least 2, and 64 for a useful interval")
         require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "at least 1")

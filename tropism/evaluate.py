@@ -41,7 +41,8 @@ class Interval:
 class Gain:
     """Mean of after - before over the pairs that have both scores, with its interval.
 
-    ``win_rate`` is the share of pairs that got better, equal ones counting half. ``dropped`` pairs lacked a score.
+    ``win_rate`` is the share of pairs that got better, equal ones counting half, with its interval (``win_low``,
+    ``win_high``). ``dropped`` pairs lacked a score.
     """
 
     mean: float
@@ -50,6 +51,8 @@ class Gain:
     pairs: int
     dropped: int
     win_rate: float
+    win_low: float
+    win_high: float
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,11 @@ def paired_gain(before: Tensor, after: Tensor, seed: int = 0) -> Gain:
     given = difference[~difference.isnan()].numpy()
     dropped = len(difference) - len(given)
     if not len(given):
-        return Gain(math.nan, math.nan, math.nan, 0, dropped, math.nan)
-    low, high = _bootstrap(given, seed)
-    wins = float((given > 0).mean() + 0.5 * (given == 0).mean())
-    return Gain(float(given.mean()), low, high, len(given), dropped, wins)
+        return Gain(math.nan, math.nan, math.nan, 0, dropped, math.nan, math.nan, math.nan)
+    wins = (given > 0) + 0.5 * (given == 0)
+    return Gain(
+        float(given.mean()), *_bootstrap(given, seed), len(given), dropped, float(wins.mean()), *_bootstrap(wins, seed)
+    )
 
 
 def _bootstrap(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], seed: int) -> tuple[float, float]:

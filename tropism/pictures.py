@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -15,6 +16,8 @@ from torch import Tensor
 
 TILE = 192  # pixels of the long side of a picture in a grid
 MARGIN, GAP, GUTTER = 20, 14, 76
+STRIP, STRIP_SIDE = 6, 96  # pictures of a strip, and the most pixels of one
+PROMPTS = "prompts.json"  # beside the strips
 LINE, SIZE, LINES = 17, 13, 4  # of captions: height of a line, of a letter, and most lines
 INK, FAINT, GOOD, BAD, PAPER = "#1f2328", "#6b7280", "#15803d", "#b91c1c", "#ffffff"
 
@@ -116,6 +119,25 @@ def grid(
                 sheet.text(x, y + TILE + 6 + len(texts[i]) * LINE, notes[i], FAINT)
         y += height + GAP
     return sheet.image
+
+
+def strip(images: Tensor, most: int = STRIP, side: int = STRIP_SIDE) -> Image.Image:
+    """The first pictures of (N, 3, H, W) side by side, none larger than ``side``: small enough to keep of each step."""
+    tiles = [to_image(pixels) for pixels in images[:most]]
+    for tile in tiles:
+        tile.thumbnail((side, side), Image.Resampling.LANCZOS)
+    width, height = tiles[0].size
+    row = Image.new("RGB", (width * len(tiles), height))
+    for place, tile in enumerate(tiles):
+        row.paste(tile, (place * width, 0))
+    return row
+
+
+def keep_strip(folder: Path, name: str, images: Tensor, text: Sequence[str]) -> None:
+    """The strip as a file of that name, and once the prompts of its pictures."""
+    save(strip(images), folder / name)
+    if not (folder / PROMPTS).exists():
+        (folder / PROMPTS).write_text(json.dumps(list(text[:STRIP])), encoding="utf-8")
 
 
 def before_after(

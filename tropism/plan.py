@@ -14,13 +14,15 @@ import torch
 
 from tropism import catalog
 from tropism.catalog import RewardSpec
-from tropism.config import BadInput, DeviceSettings, PlaceSettings, TrainSettings, one_line
+from tropism.config import BadInput, DeviceSettings, PlaceSettings, TrainSettings, one_line, suggest
 from tropism.data.prompts import PromptSet
+from tropism.evaluate import deterministic, first_images
 from tropism.health import Watched
 from tropism.log import check_trackers
 from tropism.processes import ALONE, Processes
 from tropism.resume import check_same, find_run
 from tropism.rewards import RewardError, ScoredReward, Weighted, check_scores
+from tropism.watching import PROMPTS, REPEATS, Evaluator
 
 if TYPE_CHECKING:
     from tropism.base import Prompts, Reward
@@ -39,6 +41,7 @@ class Plan:
     settings: TrainSettings
     method_settings: Any
     rewards: Sequence[RewardSpec]
+    held_out: Sequence[RewardSpec]  # evaluated, never trained on
     prompts: PromptSet
     eval_prompts: PromptSet
     device: torch.device
@@ -53,12 +56,14 @@ class Bench:
     """What a run works with, loaded."""
 
     model: LatentPipeline
-    reward: Weighted
+    reward: Weighted  # trained on
     method: Any
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     watched: Watched  # the reward as the method has it
     processes: Processes
+    evaluator: Evaluator  # knows the held-out rewards as well
+    best_by: str  # entry of the evaluation's metrics that says which is best
 
 
 # Checks; nothing is loaded.
@@ -73,6 +78,8 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
     prompts = given(settings.prompts or catalog.own_prompts(settings.model, held_out=False), "prompts", settings.model)
     held_out = settings.eval_prompts or catalog.own_prompts(settings.model, held_out=True) or prompts
     specs = catalog.check_rewards(rewards)
+    held = catalog.check_held_out(settings.eval_reward, rewards, settings.model)
+    best_by = check_best_by(settings.best_by, specs, held)
     catalog.check_model(settings.model)
     device = check_device(settings)
     trackers = check_trackers(settings.report_to)
@@ -80,13 +87,15 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
         raise BadInput(
             "this was started as several processes, and training is done by one; start it without a launcher"
         )
-    settings = replace(settings, reward=list(rewards), prompts=prompts, eval_prompts=held_out)
+    settings = replace(settings, reward=list(rewards), prompts=prompts, eval_prompts=held_out, best_by=best_by)
+    settings = replace(settings, eval_reward=[spec.text for spec in held])
     out, checkpoint = _places(method, settings, method_settings)
     return Plan(
         method=method,
         settings=settings,
         method_settings=method_settings,
         rewards=specs,
+        held_out=held,
         prompts=catalog.read_prompt_set(prompts),
         eval_prompts=catalog.read_prompt_set(held_out, "eval_prompts"),
         device=device,
@@ -94,6 +103,15 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
         out=out,
         resume=checkpoint,
     )
+
+
+def check_best_by(name: str | None, trained: Sequence[RewardSpec], held_out: Sequence[RewardSpec]) -> str:
+    """The reward that says which evaluation is best; those of weight 0 are held out as well. Raises BadInput."""
+    watched = [spec.name for spec in held_out] + [spec.name for spec in trained if not spec.weight]
+    known = ["reward", *watched, *(spec.name for spec in trained if spec.weight)]
+    if name is not None and name not in known:
+        raise BadInput(f"best_by is {name}, which is not evaluated; {suggest(name, known)}")
+    return name or (watched or known)[0]
 
 
 def _places(method: str, settings: TrainSettings, method_settings: Any) -> tuple[Path, Path | None]:
@@ -194,7 +212,10 @@ def set_up(plan: Plan) -> Bench:
             model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, generator=generator)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-    reward = build_rewards(plan.rewards, settings.model, model, plan.prompts, plan.device, settings.reward_cache)
+    specs = [*plan.rewards, *plan.held_out]
+    judged = build_rewards(specs, settings.model, model, plan.prompts, plan.device, settings.reward_cache)
+    names = {spec.name: each.name for spec, (each, _) in zip(specs, judged.rewards, strict=True)}
+    reward = Weighted(judged.rewards[: len(plan.rewards)], name=judged.name)
     watched = Watched(reward)
     with as_bad_input(ValueError, TypeError):
         method = plan.method_settings.build(model, watched, torch.Generator().manual_seed(settings.seed + 1))
@@ -203,7 +224,16 @@ def set_up(plan: Plan) -> Bench:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.method_settings.learning_rate, weight_decay=plan.method_settings.weight_decay
     )
-    return Bench(model, reward, method, optimizer, _ema(model, settings.ema), watched, plan.processes)
+    best_by = names.get(str(settings.best_by), str(settings.best_by))
+    ema, evaluator = _ema(model, settings.ema), _evaluator(plan, model, judged)
+    return Bench(model, reward, method, optimizer, ema, watched, plan.processes, evaluator, f"eval_{best_by}")
+
+
+def _evaluator(plan: Plan, model: LatentPipeline, judged: Weighted) -> Evaluator:
+    settings, rows = plan.settings, plan.eval_prompts
+    policy = deterministic(model, model.steps, None, plan.method_settings.sample_batch)
+    few = first_images(rows, PROMPTS, REPEATS)
+    return Evaluator(policy, judged, first_images(rows, settings.eval_images), few, settings.eval_seed)
 
 
 def build_rewards(

@@ -26,6 +26,7 @@ class Outcome:
     after: Evaluation
     seconds: float  # of training, with the evaluations in between
     images: int  # drawn in training
+    steps: int  # made
 
     @cached_property
     def gain(self) -> Gain:
@@ -64,6 +65,7 @@ def summary(outcome: Outcome) -> str:
             f"  {in_words(outcome.gain)}",
             f"  before and after  {outcome.folder / 'before_after.png'}",
             f"  curve             {outcome.folder / 'curve.png'}",
+            f"  report            {outcome.folder / 'report.html'}",
             f"  adapter           {outcome.folder / 'adapter'}",
             f"  model card        {outcome.folder / 'README.md'}",
         ]

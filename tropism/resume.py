@@ -15,17 +15,19 @@ from tropism.flags import words_by_flag
 if TYPE_CHECKING:
     from tropism.data.prompts import PromptSet
 
-FREE = {"steps", "save_every", "eval_every", "report_to", "threads", "device", "sample_batch", "reward_cache"}
-FREE |= {field.name for field in fields(HealthSettings)} - {"mixed_precision"}
+BEST = "best"  # name of the checkpoint with the best evaluation
+FREE = {"steps", "save_every", "eval_every", "patience", "report_to", "threads", "device", "sample_batch"}
+FREE |= {"reward_cache"} | {field.name for field in fields(HealthSettings)} - {"mixed_precision"}
 """What may change between the parts of a run without changing what is learnt (a device only up to rounding)."""
 
 
 def find_run(text: str, method: str) -> tuple[Path, Path]:
-    """(folder of the run, its checkpoint): ``text`` is a run, one of its checkpoints, or latest. Raises BadInput."""
-    if text == "latest":
-        text = str(_latest(method))
+    """(folder of the run, its checkpoint): ``text`` is a run, one of its checkpoints, or latest or best for those of
+    the run that was saved last. Raises BadInput."""
+    if text in ("latest", BEST):
+        text = str(_latest(method, text))
     folder = Path(text).expanduser()
-    run = folder.parents[1] if folder.name.startswith("step-") and folder.parent.name == "checkpoints" else folder
+    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
     if not (run / "config.yaml").is_file():
         raise BadInput(f"resume is {text}, which has no config.yaml; wanted the folder of a run, or latest")
     of = _method_of(run)
@@ -44,13 +46,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
-def _latest(method: str) -> Path:
-    """The run of the method in ``runs`` that was saved last. Raises BadInput."""
+def _latest(method: str, which: str) -> Path:
+    """The run of the method in ``runs`` that was saved last, or the best checkpoint that was. Raises BadInput."""
     runs = [folder.parent for folder in Path("runs").glob("*/checkpoints") if _method_of(folder.parent) == method]
-    saved = [path for run in runs for path in checkpoints(run / "checkpoints")]
+    best = which == BEST
+    saved = [path for run in runs for path in (run / "checkpoints").glob(BEST if best else "step-*")]
     if not saved:
-        raise BadInput(f"resume is latest, but no run of {method} in runs has a checkpoint; give its folder")
-    return max(saved, key=lambda path: (path / "state.json").stat().st_mtime).parents[1]
+        kind = "checkpoint better than the untrained model" if best else "checkpoint"
+        raise BadInput(f"resume is {which}, but no run of {method} in runs has a {kind}; give its folder")
+    found = max(saved, key=lambda path: (path / "state.json").stat().st_mtime)
+    return found if best else found.parents[1]
 
 
 def _method_of(run: Path) -> str:

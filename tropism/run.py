@@ -22,19 +22,21 @@ from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 
 from tropism import card, pictures
-from tropism.checkpoint import load_checkpoint, save_checkpoint
+from tropism.best import Best, EnoughSeen
+from tropism.checkpoint import load_checkpoint, save_checkpoint, tidy
 from tropism.config import BadInput, RunFailed, one_line, save_config
 from tropism.data.prompts import batches
 from tropism.ema import Ema
-from tropism.evaluate import Evaluation, deterministic, evaluate, first_images, interval, paired_gain
 from tropism.health import HealthCheck, Unhealthy
 from tropism.log import Lines, Progress, reason, start_trackers
+from tropism.pages.run_page import write_report
 from tropism.plan import Bench, Plan, as_bad_input, set_up
 from tropism.report import Outcome, compared
-from tropism.resume import checkpoints, fingerprint
+from tropism.resume import BEST, checkpoints, fingerprint
 from tropism.rewards import RewardError
 from tropism.stopping import stop_when_asked
 from tropism.train import NonFinite, NothingToLearn, Step, train
+from tropism.watching import Sight, metrics_row
 
 FLAT_STEPS = 3  # steps in a row without anything to learn from, after which a run stops
 SHOWN = 16  # images of a sample grid
@@ -82,7 +84,7 @@ class Run:
     def __init__(self, plan: Plan, bench: Bench) -> None:
         self.plan, self.bench, self.settings, self.out = plan, bench, plan.settings, plan.out
         self.method = bench.method if bench.ema is None else Averaged(bench.method, bench.ema)
-        self.eval_prompts = first_images(plan.eval_prompts, self.settings.eval_images)
+        self.evaluator, self.best = bench.evaluator, Best(bench.best_by)
         self.lines, self.rows = Lines(self.out / "metrics.jsonl"), list[dict[str, Any]]()
         self.progress = Progress(self.settings.steps)
         self.at = self.finished = self.flat = self.images = self.rollbacks = 0  # at: the last step done or skipped
@@ -96,7 +98,8 @@ class Run:
         """The first evaluation, then the folder. Raises BadInput, without a folder, when a reward fails there."""
         kept = None if self.plan.resume is None else self._load(self.plan.resume)
         with as_bad_input(RewardError, Unhealthy), nullcontext() if kept is None else self.bench.model.reference():
-            self.before = self.after = self._evaluate(averaged=kept is None)
+            self.before = self.after = self.evaluator.look(moved=False)
+        self.best.value = metrics_row(self.before, None)[self.best.by]
         self.started = time.perf_counter()
         if kept is None:
             self._new_folders = [path for path in (self.out, *self.out.parents) if not path.exists()]
@@ -113,6 +116,7 @@ class Run:
             self._go_on(kept)
             return
         self._record({"step": 0, **self._eval_row()})
+        self._report()
         if self.settings.on_trouble == "rollback":
             self._checkpoint()
 
@@ -136,18 +140,24 @@ class Run:
         self.rollbacks = int(kept["rollbacks"])
         self.started -= float(kept["seconds"])
         (self.out / "error.txt").unlink(missing_ok=True)
-        for half in (self.out / "checkpoints").glob(".saving-*"):  # of a process that was killed
-            shutil.rmtree(half)
+        tidy(self.out / "checkpoints")
         self.progress.say(f"going on after step {self.at} of {self.settings.steps}")
 
     def _restore(self, kept: Mapping[str, Any]) -> None:
         """What was counted and written up to the checkpoint."""
         self.at, self.images, self.flat = (int(kept[name]) for name in ("step", "images", "flat"))
-        self.health.flat = int(kept["flat_groups"])
+        self.health.flat, self.best = int(kept["flat_groups"]), Best.from_state(kept["best"])
         self.rows = self.lines.keep(self.at)
 
     def learn(self) -> None:
-        """Trains to the end; goes on after a step without anything to learn from."""
+        """Trains to the end, or until evaluations have not become better for too long."""
+        try:
+            self._learn()
+        except EnoughSeen as enough:
+            self.progress.say(str(enough))
+
+    def _learn(self) -> None:
+        """Goes on after a step without anything to learn from."""
         policy, settings = self.plan.method_settings, self.settings
         while self.at < settings.steps:
             prompts = batches(
@@ -215,19 +225,27 @@ class Run:
     def _after(self, metrics: Mapping[str, float]) -> None:
         """Evaluates where that is due, writes the step down, saves where that is due."""
         row = {"step": self.at, "seconds": round(time.perf_counter() - self.started, 3), **metrics}
-        every, last = self.settings.eval_every, self.at == self.settings.steps
+        every, last, better = self.settings.eval_every, self.at == self.settings.steps, False
+        evaluating = last or bool(every and self.at % every == 0)
         try:
-            if last or (every and self.at % every == 0):
+            if evaluating:
                 self.after = self._evaluate()
                 row |= self._eval_row()
+                better = self.best.see(self.at, row[self.best.by])
+                row["best_step"] = float(self.best.step)
         finally:
             self._record(row)
         self._check_health(row)
-        stopping = self.stop_asked() and not last
-        if stopping or (self.settings.save_every and self.at % self.settings.save_every == 0):
+        stopping, saves = self.stop_asked() and not last, self.settings.save_every
+        if better and saves:
+            self._checkpoint(BEST)
+        if stopping or (saves and self.at % saves == 0):
             self._checkpoint()
         if stopping:
             raise Interrupted("stopped when asked to")
+        if evaluating and not last:
+            self._report()
+            self.best.check(self.settings.patience, self.at)
 
     def _check_health(self, row: Mapping[str, float]) -> None:
         """Before a checkpoint, so that the last one is always of a run that was well."""
@@ -238,12 +256,13 @@ class Run:
                 raise
             self.progress.say(f"warning: {one_line(error)}")
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, name: str = "") -> None:
         bench, seconds = self.bench, time.perf_counter() - self.started
         said: dict[str, Any] = {"images": self.images, "flat": self.flat, "seconds": seconds}
-        said |= {"flat_groups": self.health.flat, "rollbacks": self.rollbacks}
+        said |= {"flat_groups": self.health.flat, "rollbacks": self.rollbacks, "best": self.best.state_dict()}
         said["prompts"] = fingerprint(self.plan.prompts)
-        save_checkpoint(self.out / "checkpoints", self.at, bench.model, bench.optimizer, bench.method, bench.ema, said)
+        folder, parts = self.out / "checkpoints", (bench.model, bench.optimizer, bench.method, bench.ema)
+        save_checkpoint(folder, self.at, *parts, said, name)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.lines.append(row)
@@ -251,25 +270,20 @@ class Run:
         if self.plan.trackers and self._accelerator is not None:
             self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         if "eval_reward" in row:
-            images, text, total = self.after.images[:SHOWN], self.after.text[:SHOWN], self.after.total[:SHOWN].tolist()
-            notes = [f"reward {pictures.number(value)}" for value in total]
-            sheet = pictures.grid(images, text, notes, f"step {self.at}: mean reward {row['eval_reward']:.3f}")
-            pictures.save(sheet, self.out / "samples" / f"step-{self.at:06}.png")
+            seen, step = self.after.evaluation, f"step-{self.at:06}.png"
+            notes = [f"reward {pictures.number(value)}" for value in seen.total[:SHOWN].tolist()]
+            title = f"step {self.at}: mean reward {row['eval_reward']:.3f}"
+            sheet = pictures.grid(seen.images[:SHOWN], seen.text[:SHOWN], notes, title)
+            pictures.save(sheet, self.out / "samples" / step)
+            pictures.keep_strip(self.out / "strips", step, seen.images, seen.text)
 
-    def _evaluate(self, averaged: bool = True) -> Evaluation:
-        model = self.bench.model
-        policy = deterministic(model, model.steps, None, self.plan.method_settings.sample_batch)
-        with self._averaged() if averaged else nullcontext():
-            return evaluate(policy, self.bench.reward, self.eval_prompts, self.settings.eval_seed)
+    def _evaluate(self) -> Sight:
+        with self._averaged():
+            return self.evaluator.look()
 
     def _eval_row(self) -> dict[str, float]:
-        total, gain = interval(self.after.total), paired_gain(self.before.total, self.after.total)
-        self.progress.evaluated = total.mean
-        row = {"eval_reward": total.mean, "eval_reward_low": total.low, "eval_reward_high": total.high}
-        row |= {f"eval_{name}": interval(values).mean for name, values in self.after.parts.items()}
-        if self.at:
-            row |= {"eval_gain": gain.mean, "eval_gain_low": gain.low, "eval_gain_high": gain.high}
-            row |= {"eval_win_rate": gain.win_rate, "eval_missing": float(gain.dropped)}
+        row = metrics_row(self.before, self.after if self.at else None)
+        self.progress.evaluated = row["eval_reward"]
         return row
 
     def _averaged(self) -> Any:
@@ -278,12 +292,13 @@ class Run:
     def finish(self) -> Outcome:
         """Saves the adapter, the pictures and the model card."""
         seconds = time.perf_counter() - self.started
-        outcome = Outcome(self.out, self.before, self.after, seconds, self.images)
+        outcome = Outcome(self.out, self.before.evaluation, self.after.evaluation, seconds, self.images, self.at)
         self._save_adapter()
         self._save_curve()
-        sheet = compared(outcome, self.bench.reward.name, f"{self.plan.method}, {self.settings.steps} steps")
+        sheet = compared(outcome, self.bench.reward.name, f"{self.plan.method}, {self.at} steps")
         pictures.save(sheet, self.out / "before_after.png")
         (self.out / "README.md").write_text(card.render(self.plan, self.bench.model, outcome), encoding="utf-8")
+        self._report()
         if self._accelerator is not None and self.plan.trackers:
             self._accelerator.end_training()
         return outcome
@@ -295,6 +310,11 @@ class Run:
     def _save_curve(self) -> None:
         figure = pictures.curve(self.rows, f"{self.plan.method} on {self.settings.model}", self.bench.reward.name)
         pictures.save(figure, self.out / "curve.png")
+
+    def _report(self) -> None:
+        """The page is never a reason to stop."""
+        with suppress(BadInput, OSError):
+            write_report(self.out)
 
     def abort(self, why: str, error: BaseException) -> str:
         """Saves what can be saved, or removes the folder of a run that finished no step; returns the whole sentence."""
@@ -308,6 +328,7 @@ class Run:
             if all(bool(torch.isfinite(parameter).all()) for parameter in self.bench.model.parameters()):
                 self._save_adapter()
             self._save_curve()
+        self._report()
         places = (*checkpoints(self.out / "checkpoints")[-1:], self.out / "adapter")
         kept = [path for path in places if any(path.rglob("*.safetensors"))]
         saved = f"; the weights are in {' and '.join(map(str, kept))}" if kept else "; no weights could be saved"
