@@ -19,7 +19,7 @@ from tropism.evaluate import Evaluation, evaluate, interval, paired_gain
 from tropism.policy import Policy
 from tropism.rewards import Weighted, pixel_statistics
 
-PROMPTS, REPEATS = 4, 4  # of diversity and KL: prompts, and chains of each
+PROMPTS, REPEATS = 4, 3  # of diversity and KL: prompts, and chains of each
 CELLS = 16  # a side; pictures are compared as averages over so many cells, so that noise is no diversity
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 340.0, 190.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 8.0, 8.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 8.0, 8.0, 34.0
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Chart:
     bottom: float = HEIGHT - BOTTOM
 
 
-def chart(title: str, series: Sequence[Series], xlabel: str = "step") -> Chart | None:
-    """None where there is no point to draw."""
+def chart(title: str, series: Sequence[Series], xlabel: str = "step", least: float = 0.0) -> Chart | None:
+    """None where there is no point to draw. The height shows ``least`` of the largest value or more."""
     drawn = [each for each in series if len(each.xs)]
     if not drawn:
         return None
     xs = [x for each in drawn for x in each.xs]
     ys = [y for each in drawn for row in (each.ys, *(each.band or ())) for y in row]
-    (x0, x1), (y0, y1) = _span(xs, 0.0), _span(ys, 0.06)
+    (x0, x1), (y0, y1) = _span(xs), _span(ys, 0.06, least)
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
@@ -79,12 +79,14 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:g},{y:g}" for x, y in points)
 
 
-def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
+def _span(values: Sequence[float], margin: float = 0.0, least: float = 0.0) -> tuple[float, float]:
     """From the least to the largest, a little wider, and never empty."""
     low, high = min(values), max(values)
-    if low == high:
-        return low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
-    return low - margin * (high - low), high + margin * (high - low)
+    largest = max(abs(low), abs(high)) or 1.0
+    more = max(margin * (high - low), (least * largest - (high - low)) / 2, 0.0)
+    if low == high and not more:
+        more = 0.1 * largest
+    return low - more, high + more
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:

@@ -107,6 +107,7 @@ class Run:
         if not self.rows:
             return []
         total = max((row["seconds"] for row in self.rows if row.get("seconds") is not None), default=0.0)
+        total += self.rows[-1].get("eval_seconds") or 0.0  # rows are begun before their evaluation
         steps = sum(self._step_seconds())
         tests = sum(row["eval_seconds"] for row in self.tested[1:] if row.get("eval_seconds") is not None)
         rest = max(total - steps - tests, 0.0)

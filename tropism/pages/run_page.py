@@ -45,7 +45,7 @@ def page(run: Run) -> dict[str, Any]:
         "title": f"{run.name}: {run.method} on {run.config.get('model')}",
         "verdict": judge(run),
         "rewards": [_reward_row(run, name) for name in run.weights],
-        "total": _total_row(run),
+        "total": _total_row(run) if len(run.trained) != 1 or run.weights[run.trained[0]] != 1 else None,
         "curves": kept(_curves(run)),
         "frontier": kept(_frontiers(run)),
         "statistics": kept([_statistic(run, name) for name in STATISTICS if name not in run.weights]),
@@ -114,4 +114,7 @@ def frontier(title: str, runs: Sequence[Run], key: str, names: Sequence[str]) ->
 
 
 def _statistic(run: Run, name: str) -> Chart | None:
-    return chart(name.replace("_", " "), [Series(name, *run.series(f"eval_{name}"), colour=3)])
+    """Its height is a quarter of the value or more, so that nothing looks like a change that is none."""
+    moved = run.last.get(f"eval_{name}_shift")
+    title = name.replace("_", " ") + ("" if moved is None else f", {moved:+.2f} std")
+    return chart(title, [Series(name, *run.series(f"eval_{name}"), colour=3)], least=0.25)
