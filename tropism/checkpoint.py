@@ -103,13 +103,17 @@ def load_checkpoint(
     return {"step": step, **run}
 
 
-def tidy(folder: Path) -> None:
-    """Removes what a process that was killed had half written, after finishing what only a rename was missing of."""
+def tidy(folder: Path, last: int) -> None:
+    """Removes checkpoints after step ``last``, which a run that goes on from there takes back, and what a process that
+    was killed had half written; what lacked only its rename is finished first."""
     for half in folder.glob(".saving-*"):
         for new in half.iterdir() if (half / OLD).exists() else ():
             if new.name != OLD and not (folder / new.name).exists():
                 os.replace(new, folder / new.name)
         shutil.rmtree(half)
+    for later in checkpoints(folder):
+        if int(later.name.removeprefix("step-")) > last:
+            shutil.rmtree(later)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -140,7 +140,7 @@ class Run:
         self.rollbacks = int(kept["rollbacks"])
         self.started -= float(kept["seconds"])
         (self.out / "error.txt").unlink(missing_ok=True)
-        tidy(self.out / "checkpoints")
+        tidy(self.out / "checkpoints", self.at)
         self.progress.say(f"going on after step {self.at} of {self.settings.steps}")
 
     def _restore(self, kept: Mapping[str, Any]) -> None:
