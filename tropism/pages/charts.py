@@ -71,7 +71,7 @@ def chart(title: str, series: Sequence[Series], xlabel: str = "step", least: flo
         edge = [] if each.band is None else [*low, *reversed(high)]
         lines.append(Line(each, _path(points), _path(edge), [(*p, text) for p, text in zip(points, said, strict=True)]))
     xticks = [(at(x, y0)[0], f"{x:g}") for x in _ticks(x0, x1, xlabel == "step")]
-    yticks = [(at(x0, y)[1], f"{y:.4g}") for y in _ticks(y0, y1)]
+    yticks = [(at(x0, y)[1], f"{y:.6g}") for y in _ticks(y0, y1)]
     return Chart(title, xlabel, lines, xticks, yticks, at(x0, 0.0)[1] if y0 < 0 < y1 else None)
 
 
@@ -92,5 +92,5 @@ def _span(values: Sequence[float], margin: float = 0.0, least: float = 0.0) -> t
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
-    found = MaxNLocator(4, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    found = MaxNLocator(5, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     return [float(tick) for tick in found if low <= tick <= high]

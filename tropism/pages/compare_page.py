@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tropism import catalog
 from tropism.config import BadInput
 from tropism.flags import shown
 from tropism.log import clock
@@ -76,6 +77,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     found = []
     for name in JUDGED_BY:
         values = [shown(run.config.get(name)) for run in runs]
+        values = [catalog.SHIPPED.get(value, value) for value in values] if name == "model" else values
         if len(set(values)) > 1:
             found.append(f"note: {name} differs ({', '.join(values)}), so that the runs were not judged alike")
     if len({tuple(sorted(run.weights.items())) for run in runs}) > 1:

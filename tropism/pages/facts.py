@@ -137,13 +137,14 @@ def read_run(folder: str | Path) -> Run:
     config = read_config(home / "config.yaml")
     error = home / "error.txt"
     lines = error.read_text(encoding="utf-8", errors="replace").strip().splitlines() if error.is_file() else []
-    method = str(config.get("method", ""))
-    return Run(home, method, config, _rows(home / "metrics.jsonl"), lines[-1] if lines else "")
+    rows = _rows(home / "metrics.jsonl")
+    next((row for row in rows if "eval_reward" in row), {}).setdefault("eval_gain", 0.0)  # over itself
+    return Run(home, str(config.get("method", "")), config, rows, lines[-1] if lines else "")
 
 
-def _rows(file: Path) -> list[Row]:
+def _rows(file: Path) -> list[dict[str, float | None]]:
     """A last line without its end is still being written, and left out."""
-    rows: list[Row] = []
+    rows = []
     text = file.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:

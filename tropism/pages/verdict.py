@@ -6,7 +6,7 @@ A reward rose, or fell, when that interval lies above, or below, 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from tropism.pages.facts import Row, Run
@@ -33,7 +33,8 @@ def judge(run: Run) -> Verdict:
         return Verdict(f"No verdict: the model was evaluated {when}.", "unsure", [])
     trained = direction(row, "eval_")
     held = {name: direction(row, run.key(name, "")) for name in run.held_out}
-    warnings = [*_disagreements(run), *_losses(run), *_moves(run)]
+    lost = _losses(run)
+    warnings = [*_disagreements(run), *lost.values(), *_moves(run, {*run.weights, *lost})]
     if trained == FELL:
         tone = "bad"
     elif warnings:
@@ -88,21 +89,22 @@ def _since(run: Run, apart: list[Row]) -> int:
     return place
 
 
-def _losses(run: Run) -> list[str]:
-    found = []
-    for key, what in (("eval_diversity", "diversity within a prompt"), ("eval_colour_entropy", "colour entropy")):
-        before, now = run.base.get(key), run.last.get(key)
-        if before and now is not None and now < (1 - FALL) * before and key[5:] not in run.weights:
-            found.append(f"{what.capitalize()} fell by {1 - now / before:.0%}, from {before:.3g} to {now:.3g}.")
+def _losses(run: Run) -> dict[str, str]:
+    """By what fell."""
+    found = {}
+    for name, what in (("diversity", "Diversity within a prompt"), ("colour_entropy", "Colour entropy")):
+        before, now = run.base.get(f"eval_{name}"), run.last.get(f"eval_{name}")
+        if before and now is not None and now < (1 - FALL) * before and name not in run.weights:
+            found[name] = f"{what} fell by {1 - now / before:.0%}, from {before:.3g} to {now:.3g}."
     return found
 
 
-def _moves(run: Run) -> list[str]:
-    """Pixel statistics that moved, but for those that are rewards themselves."""
+def _moves(run: Run, known: Set[str]) -> list[str]:
+    """Pixel statistics that moved, but for those that are rewards themselves or have been said to fall."""
     found = []
     for key, value in run.last.items():
         name = key[5:-6]
-        if key.endswith("_shift") and value is not None and abs(value) > MOVED and name not in run.weights:
+        if key.endswith("_shift") and value is not None and abs(value) > MOVED and name not in known:
             before, now = run.base.get(f"eval_{name}"), run.last.get(f"eval_{name}")
             ends = "" if before is None or now is None else f", from {before:.3g} to {now:.3g}"
             found.append(f"{name.replace('_', ' ').capitalize()} moved by {value:+.1f} standard deviations{ends}.")
