@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_run import refused, said, small_place, train_words
 
 from tropism.best import Best, EnoughSeen
-from tropism.catalog import check_held_out, check_rewards
+from tropism.catalog import RewardSpec, check_held_out, check_rewards
 from tropism.checkpoint import OLD, tidy
 from tropism.config import BadInput
 from tropism.plan import check_best_by
@@ -74,8 +74,10 @@ def test_who_is_held_out_and_who_says_which_is_best() -> None:
     assert found(["brightness"], ["contrast", "saturation"]) == (["contrast", "saturation"], "contrast")
     assert found(["brightness"], ["contrast"], best="brightness") == (["contrast"], "brightness")
     assert all(spec.weight == 0 for spec in check_held_out(["contrast"], ["brightness"], "folder"))
-    with pytest.raises(BadInput, match="best_by is contrats, which is not evaluated; did you mean contrast"):
+    with pytest.raises(BadInput, match="best_by is contrats, which is not evaluated; did you mean"):
         found(["brightness"], ["contrast"], best="contrats")
+    with pytest.raises(BadInput, match="a reward is called kl, as an entry of metrics.jsonl is"):
+        check_best_by(None, check_rewards(["brightness"]), [RewardSpec("x:kl", "kl", "x", 0.0, False)])
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,7 @@ def test_a_reward_that_fails_in_a_later_step(place: Path, capsys: pytest.Capture
     assert (RUN / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     assert (RUN / "curve.png").is_file()
     assert "RuntimeError: the server is gone" in (RUN / "error.txt").read_text()
+    assert "The run ended early: " in (RUN / "report.html").read_text()
 
 
 def test_a_loss_that_is_not_finite(

@@ -20,6 +20,7 @@ from tropism.policy import Policy
 from tropism.rewards import Weighted, pixel_statistics
 
 PROMPTS, REPEATS = 4, 3  # of diversity and KL: prompts, and chains of each
+TAKEN = frozenset({"diversity", "kl", "gain", "missing", "win_rate", "seconds"})  # names that no reward can have
 CELLS = 16  # a side; pictures are compared as averages over so many cells, so that noise is no diversity
 
 
@@ -69,8 +70,8 @@ def metrics_row(before: Sight, now: Sight | None) -> dict[str, float]:
     """What is logged of an evaluation; of the first one, before training, when ``now`` is None."""
     seen = now or before
     row = {f"eval_{name}": float(values.mean()) for name, values in seen.statistics.items()}
-    row |= {"eval_diversity": float(seen.diversity.mean()), "eval_kl": float(seen.kl.mean())}
     row |= {f"eval_{name}": interval(values).mean for name, values in seen.evaluation.parts.items()}
+    row |= {"eval_diversity": float(seen.diversity.mean()), "eval_kl": float(seen.kl.mean())}
     total = interval(seen.evaluation.total)
     row |= {"eval_reward": total.mean, "eval_reward_low": total.low, "eval_reward_high": total.high}
     row["eval_seconds"] = round(seen.seconds, 3)
