@@ -76,7 +76,7 @@ def test_who_is_held_out_and_who_says_which_is_best() -> None:
     assert all(spec.weight == 0 for spec in check_held_out(["contrast"], ["brightness"], "folder"))
     with pytest.raises(BadInput, match="best_by is contrats, which is not evaluated; did you mean"):
         found(["brightness"], ["contrast"], best="contrats")
-    with pytest.raises(BadInput, match="a reward is called kl, as an entry of metrics.jsonl is"):
+    with pytest.raises(BadInput, match="a reward is called kl, as an entry of the metrics is"):
         check_best_by(None, check_rewards(["brightness"]), [RewardSpec("x:kl", "kl", "x", 0.0, False)])
 
 

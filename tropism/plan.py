@@ -108,7 +108,7 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
 def check_best_by(name: str | None, trained: Sequence[RewardSpec], held_out: Sequence[RewardSpec]) -> str:
     """The reward that says which evaluation is best; those of weight 0 are held out as well. Raises BadInput."""
     if taken := TAKEN & {spec.name for spec in (*trained, *held_out)}:
-        raise BadInput(f"a reward is called {min(taken)}, as an entry of metrics.jsonl is; wanted another name")
+        raise BadInput(f"a reward is called {min(taken)}, as an entry of the metrics is; wanted another name")
     watched = [spec.name for spec in held_out] + [spec.name for spec in trained if not spec.weight]
     known = ["reward", *watched, *(spec.name for spec in trained if spec.weight)]
     if name is not None and name not in known:
