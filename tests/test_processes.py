@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from methods import ROWS, Off, Row, toy
+from small_run import refused, said, small_place, train_words
+from test_resume import metrics
 from torch import Tensor
 
 from tropism.data.prompts import PromptSet, batches
@@ -128,3 +135,74 @@ def test_what_is_exchanged() -> None:
         assert flags.dtype == torch.bool and flags.tolist() == [[True, False]] * 5
         assert some and not none
         assert said == [{"name": "é" * index, "value": 0.1} for index in range(3)]
+
+
+# --- the command, as two processes ---
+
+
+def started(words: list[str], index: int, port: int) -> subprocess.Popen[str]:
+    """One of two processes, as a launcher starts them."""
+    here = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | here | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", "tropism", *words], env=environment, text=True, stdout=pipe, stderr=pipe
+    )
+
+
+def pair(words: list[str]) -> list[subprocess.Popen[str]]:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = int(door.getsockname()[1])
+    return [started(words, index, port) for index in range(2)]
+
+
+@pytest.fixture
+def place(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(small_place(tiny_sd, tmp_path))
+    return tmp_path
+
+
+def test_two_processes_train_one_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = train_words(steps="2", prompts_per_step="3", images_per_prompt="3", group_relative="", eval_images="5")
+    assert said([*words, "--out", "alone"], capsys).code == 0
+    for process, printed in zip(pair([*words, "--out", "both"]), (True, False), strict=True):
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        assert ("done in" in out) is printed
+    alone, both = metrics(Path("alone")), metrics(Path("both"))
+    assert [row["step"] for row in both] == [0, 1, 2]
+    for mine, single in zip(both, alone, strict=True):
+        assert mine.keys() == single.keys()
+        for name in {"reward_mean", "grad_norm", "eval_reward", "eval_kl", "images"} & single.keys():
+            assert mine[name] == pytest.approx(single[name], rel=1e-3), name
+    assert (Path("both") / "report.html").is_file() and not list(Path("both").rglob(".saving-*"))
+
+    words = ["train", "ddpo", "--resume", "both", "--steps", "3"]
+    assert [process.wait(timeout=120) for process in pair(words)] == [0, 0]
+    assert [row["step"] for row in metrics(Path("both"))] == [0, 1, 2, 3]
+
+
+def test_a_killed_process_ends_the_run_with_a_message(place: Path) -> None:
+    first, second = pair(train_words(steps="100000", eval_every="0", save_every="1", out="run"))
+    assert first.stdout is not None and first.stderr is not None
+    assert any(line.startswith("step 2/") for line in first.stdout)
+    second.kill()
+    _, error = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 1
+    assert "another process of this run has ended, and says why itself, after" in error
+    assert "go on with tropism train ddpo --resume run" in error and "Traceback" not in error
+
+
+def test_what_several_processes_cannot_do(place: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    sentence = refused(train_words(), capsys)
+    assert "prompts_per_step x images_per_prompt is 4; wanted at least 8: an image for each process" in sentence
+    wide = {"images_per_prompt": "8", "eval_images": "8"}
+    assert "on_trouble is rollback" in refused(train_words(on_trouble="rollback", **wide), capsys)
+    assert "device is cuda:1; wanted cpu or cuda" in refused(train_words(device="cuda:1", **wide), capsys)
+    assert "started as several processes" in said(["doctor", *train_words()[1:]], capsys).out
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "the launcher asks for FSDP; wanted plain data parallelism" in refused(train_words(**wide), capsys)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 
 def run_train(method: str, settings: TrainSettings, method_settings: Any) -> Outcome:
-    """Trains, and says where the results are."""
-    outcome = execute(make_plan(method, settings, method_settings))
-    print(summary(outcome))
+    """Trains, and says where the results are; of several processes the first one does."""
+    plan = make_plan(method, settings, method_settings)
+    with nullcontext() if plan.processes.first else redirect_stdout(io.StringIO()):
+        outcome = execute(plan)
+        print(summary(outcome))
     return outcome
 
 

@@ -7,6 +7,7 @@ Nothing is written outside a temporary folder. A row that fails says what to do 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 import textwrap
@@ -76,6 +77,8 @@ def examine(method: str, settings: TrainSettings, method_settings: Any) -> Itera
     try:
         if settings.resume is not None:
             raise BadInput(f"resume is {settings.resume}; the doctor looks at runs that have not begun: leave it out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise BadInput("the doctor was started as several processes; start it without a launcher")
         plan = make_plan(method, settings, method_settings)
         yield Row("settings", "ok", f"{plan.method} on {plan.settings.model}, reward {' '.join(plan.settings.reward)}")
         yield from (geometry(plan), prompts(plan))

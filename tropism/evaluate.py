@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tropism.base import Kernel, Prompts, TextToImage
+from tropism.base import Kernel, Prompts, TextToImage, pick
 from tropism.data.prompts import PromptSet
 from tropism.health import check_finite_pictures
 from tropism.policy import Policy
+from tropism.processes import ALONE
 from tropism.randomness import normal, row_generators, row_seeds
 from tropism.rewards.composed import Weighted
 from tropism.samplers import DDIM, EulerODE
@@ -77,9 +78,13 @@ def first_images(prompts: PromptSet, count: int, per_prompt: int = 1) -> Prompts
     return prompts.batch([place % len(prompts) for place in range(count)], per_prompt)
 
 
-def draw_images(policy: Policy, text: Sequence[str], seed: int) -> Iterator[Tensor]:
-    """Images (B, 3, H, W) of the prompts, a micro-batch at a time; image i starts from the noise of (seed, i)."""
-    seeds = row_seeds(len(text), torch.Generator().manual_seed(seed))
+def draw_images(policy: Policy, text: Sequence[str], seed: int, numbers: Tensor | None = None) -> Iterator[Tensor]:
+    """Images (B, 3, H, W) of the prompts, a micro-batch at a time; image i starts from the noise of (seed, i).
+
+    ``numbers`` (N,) says which images these are, where they are not all from 0 on.
+    """
+    numbers = torch.arange(len(text)) if numbers is None else numbers
+    seeds = row_seeds(int(numbers.max()) + 1, torch.Generator().manual_seed(seed))[numbers]
     for rows in torch.arange(len(text)).split(policy.microbatch):
         generators = row_generators(seeds[rows])
         x = normal((len(rows), *policy.model.latent_shape), generators, policy.device)
@@ -90,16 +95,19 @@ def draw_images(policy: Policy, text: Sequence[str], seed: int) -> Iterator[Tens
 def evaluate(policy: Policy, reward: Weighted, prompts: Prompts, seed: int = 0) -> Evaluation:
     """Draws an image a prompt and scores it; columns of the prompts reach the rewards by name. Raises Unhealthy."""
     images, scores = list[Tensor](), list[dict[str, Tensor]]()
-    for batch in draw_images(policy, prompts.text, seed):
-        first = sum(len(each) for each in images)
-        rows = slice(first, first + len(batch))
+    processes, count = policy.processes, len(prompts.text)
+    mine = processes.share(torch.arange(count))
+    rows = iter(mine.split(policy.microbatch))
+    for batch in draw_images(policy.with_(processes=ALONE), pick(prompts, mine).text, seed, mine):
         check_finite_pictures(batch)
-        columns = {name: list(values[rows]) for name, values in prompts.columns.items()}
-        parts = reward.parts(batch, list(prompts.text[rows]), **columns)
+        own = pick(prompts, next(rows))
+        parts = reward.parts(batch, own.text, **own.columns)
         images.append(batch.float().cpu())
         scores.append({name: values.detach().float().cpu() for name, values in parts.items()})
-    joined = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
-    return Evaluation(torch.cat(images), list(prompts.text), reward.combine(joined), joined)
+    parts = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
+    joined = {name: processes.joined(values, mine, count) for name, values in parts.items()}
+    pixels = processes.joined(torch.cat(images), mine, count)
+    return Evaluation(pixels, list(prompts.text), reward.combine(joined), joined)
 
 
 def interval(values: Tensor, seed: int = 0) -> Interval:

@@ -125,6 +125,8 @@ def reason(error: BaseException, out: Path) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, SafetensorError) and ("StorageFull" in str(error) or "No space" in str(error))):
         return f"there is no space left on the disk of {out}"
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed")):
+        return "another process of this run has ended, and says why itself"
     if type(error).__name__ == "OutOfMemoryError":
         return "the device ran out of memory; lower sample_batch or minibatch, or set gradient_checkpointing"
     return one_line(error)

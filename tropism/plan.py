@@ -14,12 +14,12 @@ import torch
 
 from tropism import catalog
 from tropism.catalog import RewardSpec
-from tropism.config import BadInput, DeviceSettings, PlaceSettings, TrainSettings, one_line, suggest
+from tropism.config import BadInput, DeviceSettings, PlaceSettings, TrainSettings, one_line, require, suggest
 from tropism.data.prompts import PromptSet
 from tropism.evaluate import deterministic, first_images
 from tropism.health import Watched
 from tropism.log import check_trackers
-from tropism.processes import ALONE, Processes
+from tropism.processes import ALONE, Processes, join
 from tropism.resume import check_same, find_run
 from tropism.rewards import RewardError, ScoredReward, Weighted, check_scores
 from tropism.watching import PROMPTS, REPEATS, TAKEN, Evaluator
@@ -81,12 +81,10 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
     held = catalog.check_held_out(settings.eval_reward, rewards, settings.model)
     best_by = check_best_by(settings.best_by, specs, held)
     catalog.check_model(settings.model)
-    device = check_device(settings)
     trackers = check_trackers(settings.report_to)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput(
-            "this was started as several processes, and training is done by one; start it without a launcher"
-        )
+    check_launch(settings, method_settings, int(os.environ.get("WORLD_SIZE", "1")))
+    device = check_device(settings)
+    processes = join(cpu=device.type == "cpu")
     settings = replace(settings, reward=list(rewards), prompts=prompts, eval_prompts=held_out, best_by=best_by)
     settings = replace(settings, eval_reward=[spec.text for spec in held])
     out, checkpoint = _places(method, settings, method_settings)
@@ -102,7 +100,24 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
         trackers=trackers,
         out=out,
         resume=checkpoint,
+        processes=processes,
     )
+
+
+def check_launch(settings: TrainSettings, method_settings: Any, count: int) -> None:
+    """Raises BadInput for what ``count`` processes cannot do, or not yet."""
+    if count == 1:
+        return
+    images = method_settings.prompts_per_step * method_settings.images_per_prompt
+    for name, value in {"prompts_per_step x images_per_prompt": images, "eval_images": settings.eval_images}.items():
+        require(value >= count, name, value, f"at least {count}: an image for each process")
+    if settings.on_trouble == "rollback":
+        raise BadInput(f"on_trouble is rollback, which one process can do, not {count}; wanted stop or warn")
+    if settings.device and ":" in settings.device:
+        raise BadInput(f"device is {settings.device}; wanted cpu or cuda: each of {count} processes has its own")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise BadInput(f"the launcher asks for {name}; wanted plain data parallelism: weights are not split here")
 
 
 def check_best_by(name: str | None, trained: Sequence[RewardSpec], held_out: Sequence[RewardSpec]) -> str:
@@ -223,6 +238,7 @@ def set_up(plan: Plan) -> Bench:
         method = plan.method_settings.build(model, watched, torch.Generator().manual_seed(settings.seed + 1))
     with as_bad_input(ValueError, TypeError, prefix=f"{plan.method} does not suit the model {settings.model}: "):
         _try_one_move(method, plan.prompts.text[0])
+    method.policy = method.policy.with_(processes=plan.processes)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.method_settings.learning_rate, weight_decay=plan.method_settings.weight_decay
     )
@@ -234,6 +250,7 @@ def set_up(plan: Plan) -> Bench:
 def _evaluator(plan: Plan, model: LatentPipeline, judged: Weighted) -> Evaluator:
     settings, rows = plan.settings, plan.eval_prompts
     policy = deterministic(model, model.steps, None, plan.method_settings.sample_batch)
+    policy = policy.with_(processes=plan.processes)
     few = first_images(rows, PROMPTS, REPEATS)
     return Evaluator(policy, judged, first_images(rows, settings.eval_images), few, settings.eval_seed)
 

@@ -8,6 +8,7 @@ Nothing is pickled: tensors are added up, and what has a name travels as JSON.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,3 +69,19 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def join(cpu: bool) -> Processes:
+    """The processes that a launcher (accelerate launch, torchrun) has started; ``ALONE`` without one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=cpu)
+    return Processes(state.process_index, state.num_processes, str(state.device))
+
+
+def leave() -> None:
+    """The others are no longer waited for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

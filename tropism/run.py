@@ -31,6 +31,7 @@ from tropism.health import HealthCheck, Unhealthy
 from tropism.log import Lines, Progress, reason, start_trackers
 from tropism.pages.run_page import write_report
 from tropism.plan import Bench, Plan, as_bad_input, set_up
+from tropism.processes import leave
 from tropism.report import Outcome, compared
 from tropism.resume import BEST, checkpoints, fingerprint
 from tropism.rewards import RewardError
@@ -76,6 +77,7 @@ def execute(plan: Plan) -> Outcome:
         raise
     finally:
         run.progress.close()
+        leave()
 
 
 class Run:
@@ -91,6 +93,7 @@ class Run:
         self.health = HealthCheck(plan.settings)
         self.started = time.perf_counter()
         self.stop_asked: Callable[[], bool] = lambda: False
+        self.first = plan.processes.first  # the process that writes
         self._accelerator: Accelerator | None = None
         self._new_folders: list[Path] = []
 
@@ -101,17 +104,8 @@ class Run:
             self.before = self.after = self.evaluator.look(moved=False)
         self.best.value = metrics_row(self.before, None)[self.best.by]
         self.started = time.perf_counter()
-        if kept is None:
-            self._new_folders = [path for path in (self.out, *self.out.parents) if not path.exists()]
-            self.out.mkdir(parents=True, exist_ok=True)
-        save_config(self.out / "config.yaml", self.plan.method, self.settings, self.plan.method_settings)
-        self._accelerator = Accelerator(
-            cpu=self.plan.device.type == "cpu",
-            log_with=list(self.plan.trackers) or None,
-            project_config=ProjectConfiguration(project_dir=str(self.out), logging_dir=str(self.out / "trackers")),
-        )
-        if self.plan.trackers:
-            start_trackers(self._accelerator, asdict(self.settings) | asdict(self.plan.method_settings))
+        if self.first:
+            self._make_folder(kept is None)
         if kept is not None:
             self._go_on(kept)
             return
@@ -119,6 +113,19 @@ class Run:
         self._report()
         if self.settings.on_trouble == "rollback":
             self._checkpoint()
+
+    def _make_folder(self, new: bool) -> None:
+        if new:
+            self._new_folders = [path for path in (self.out, *self.out.parents) if not path.exists()]
+            self.out.mkdir(parents=True, exist_ok=True)
+        save_config(self.out / "config.yaml", self.plan.method, self.settings, self.plan.method_settings)
+        if self.plan.trackers:
+            self._accelerator = Accelerator(
+                cpu=self.plan.device.type == "cpu",
+                log_with=list(self.plan.trackers),
+                project_config=ProjectConfiguration(project_dir=str(self.out), logging_dir=str(self.out / "trackers")),
+            )
+            start_trackers(self._accelerator, asdict(self.settings) | asdict(self.plan.method_settings))
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         """Everything back as it was; what the checkpoint says of its run. Raises BadInput."""
@@ -139,15 +146,16 @@ class Run:
         self.finished = self.progress.first = self.at
         self.rollbacks = int(kept["rollbacks"])
         self.started -= float(kept["seconds"])
-        (self.out / "error.txt").unlink(missing_ok=True)
-        tidy(self.out / "checkpoints", self.at)
+        if self.first:
+            (self.out / "error.txt").unlink(missing_ok=True)
+            tidy(self.out / "checkpoints", self.at)
         self.progress.say(f"going on after step {self.at} of {self.settings.steps}")
 
     def _restore(self, kept: Mapping[str, Any]) -> None:
         """What was counted and written up to the checkpoint."""
         self.at, self.images, self.flat = (int(kept[name]) for name in ("step", "images", "flat"))
         self.health.flat, self.best = int(kept["flat_groups"]), Best.from_state(kept["best"])
-        self.rows = self.lines.keep(self.at)
+        self.rows = self.lines.keep(self.at) if self.first else []
 
     def learn(self) -> None:
         """Trains to the end, or until evaluations have not become better for too long."""
@@ -199,11 +207,16 @@ class Run:
     def _on_step(self, step: Step) -> None:
         self.at, self.finished, self.images = step.step, self.finished + 1, self.images + step.images
         speed = step.images / max(step.seconds, 1e-9)
-        metrics = {"images": self.images, "images_per_second": speed, **step.metrics, **self.bench.watched.taken()}
+        metrics = {"images": self.images, "images_per_second": speed, **step.metrics, **self._watched()}
         std, rows = step.metrics.get("reward_std", math.nan), min(step.images, self.plan.method_settings.minibatch)
         self._check_flat(std == 0 and rows > 1, f"step {step.step}: every image got the same reward")
         self._after(metrics)
         self.progress.step(step.step, step.metrics.get("reward_mean", math.nan), std, speed)
+
+    def _watched(self) -> dict[str, float]:
+        """What the processes saw of the step's pictures; their shares are equal, but for one row."""
+        seen = self.bench.processes.every(self.bench.watched.taken())
+        return {name: sum(each[name] for each in seen) / len(seen) for name in seen[0]}
 
     def _skip(self, error: NothingToLearn) -> None:
         self.at += 1
@@ -236,7 +249,7 @@ class Run:
         finally:
             self._record(row)
         self._check_health(row)
-        stopping, saves = self.stop_asked() and not last, self.settings.save_every
+        stopping, saves = self.bench.processes.any(self.stop_asked()) and not last, self.settings.save_every
         if better and saves:
             self._checkpoint(BEST)
         if stopping or (saves and self.at % saves == 0):
@@ -257,6 +270,8 @@ class Run:
             self.progress.say(f"warning: {one_line(error)}")
 
     def _checkpoint(self, name: str = "") -> None:
+        if not self.first:
+            return
         bench, seconds = self.bench, time.perf_counter() - self.started
         said: dict[str, Any] = {"images": self.images, "flat": self.flat, "seconds": seconds}
         said |= {"flat_groups": self.health.flat, "rollbacks": self.rollbacks, "best": self.best.state_dict()}
@@ -265,9 +280,11 @@ class Run:
         save_checkpoint(folder, self.at, *parts, said, name)
 
     def _record(self, row: dict[str, Any]) -> None:
+        if not self.first:
+            return
         self.lines.append(row)
         self.rows.append(row)
-        if self.plan.trackers and self._accelerator is not None:
+        if self._accelerator is not None:
             self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         if "eval_reward" in row:
             seen, step = self.after.evaluation, f"step-{self.at:06}.png"
@@ -293,13 +310,15 @@ class Run:
         """Saves the adapter, the pictures and the model card."""
         seconds = time.perf_counter() - self.started
         outcome = Outcome(self.out, self.before.evaluation, self.after.evaluation, seconds, self.images, self.at)
+        if not self.first:
+            return outcome
         self._save_adapter()
         self._save_curve()
         sheet = compared(outcome, self.bench.reward.name, f"{self.plan.method}, {self.at} steps")
         pictures.save(sheet, self.out / "before_after.png")
         (self.out / "README.md").write_text(card.render(self.plan, self.bench.model, outcome), encoding="utf-8")
         self._report()
-        if self._accelerator is not None and self.plan.trackers:
+        if self._accelerator is not None:
             self._accelerator.end_training()
         return outcome
 
@@ -313,11 +332,15 @@ class Run:
 
     def _report(self) -> None:
         """The page is never a reason to stop."""
+        if not self.first:
+            return
         with suppress(BadInput, OSError):
             write_report(self.out)
 
     def abort(self, why: str, error: BaseException) -> str:
         """Saves what can be saved, or removes the folder of a run that finished no step; returns the whole sentence."""
+        if not self.first:
+            return f"process {self.plan.processes.index}: {why}"
         if not self.finished:
             self._remove_folder()
             return f"{why}; no step had finished, so nothing is kept"
