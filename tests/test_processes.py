@@ -130,11 +130,11 @@ def test_what_is_exchanged() -> None:
             processes.every({"name": "é" * processes.index, "value": 0.1}),
         )
 
-    for values, flags, some, none, said in together(3, work):
+    for values, flags, some, none, heard in together(3, work):
         assert values.nan_to_num(2.0).tolist() == [1, 2, 3, 4, 5]
         assert flags.dtype == torch.bool and flags.tolist() == [[True, False]] * 5
         assert some and not none
-        assert said == [{"name": "é" * index, "value": 0.1} for index in range(3)]
+        assert heard == [{"name": "é" * index, "value": 0.1} for index in range(3)]
 
 
 # --- the command, as two processes ---
