@@ -26,7 +26,7 @@ def scalar(images):
 def boom(images):
     raise KeyError("nope")
 
-def missing(images):
+def silent(images):
     return [None] * len(images)
 
 def answer(images, answer):

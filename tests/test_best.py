@@ -84,14 +84,18 @@ def test_who_is_held_out_and_who_says_which_is_best() -> None:
     ("changes", "sentence"),
     [
         ({"eval_reward": "contrast=2"}, "eval_reward is contrast=2; wanted it without a weight"),
-        ({"eval_reward": "brightness"}, "reward brightness is given twice"),
+        (
+            {"eval_reward": "brightness"},
+            "eval_reward has brightness, which reward has too; wanted what is not trained on",
+        ),
+        ({"eval_reward": ["contrast", "contrast"]}, "reward contrast is given twice"),
         ({"eval_reward": "contrats"}, "there is no reward 'contrats'; did you mean contrast?"),
         ({"best_by": "contrast"}, "best_by is contrast, which is not evaluated; wanted one of reward, brightness"),
         ({"patience": "-1"}, "patience is -1; wanted 0 or more"),
     ],
 )
 def test_wrong_settings_are_one_sentence(
-    changes: dict[str, str], sentence: str, place: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], sentence: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence in refused(train_words(**changes), capsys)
 

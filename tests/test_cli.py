@@ -238,7 +238,7 @@ def test_bad_input_is_one_sentence_before_anything_loads(
     [
         (train_words(reward="./rewards.py:scalar"), "reward 'scalar' returned scores of shape (); wanted (2,)"),
         (train_words(reward="./rewards.py:boom"), "reward 'boom' raised KeyError"),
-        (train_words(reward="./rewards.py:missing"), "reward 'missing' gave no score for any"),
+        (train_words(reward="./rewards.py:silent"), "reward 'silent' gave no score for any"),
         (train_words(reward="./rewards.py:answer"), "reward 'answer' wants 'answer'"),
         (train_words(reward="clip:model"), "could not load the CLIP"),
         (train_words(lora_targets=["to_z"]), "is called 'to_z'"),

@@ -141,7 +141,7 @@ def nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (nothing, {"model": "elsewhere/"}, "set-up", "there is no model"),
         (nothing, {"resume": "latest"}, "set-up", "the doctor looks at runs that have not begun"),
         (nothing, {"lora_targets": "nowhere"}, "set-up", "nowhere"),
-        (nothing, {"reward": "./rewards.py:missing"}, "set-up", "missing"),
+        (nothing, {"reward": "./rewards.py:silent"}, "set-up", "silent"),
         (nothing, {"reward": "./more.py:late"}, "reward", "raised KeyError: 'no such picture'"),
         (nothing, {"reward": "./more.py:unsure"}, "reward", "no score"),
         (nothing, {"reward": "./more.py:rounded"}, "update", "nothing to learn from"),

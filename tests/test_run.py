@@ -24,6 +24,7 @@ from tropism.models.pipelines import load_pipeline
 from tropism.randomness import normal, row_generators, row_seeds
 
 RUN = Path("runs") / "ddpo-model-1"
+CHECKPOINT = ("pytorch_lora_weights.safetensors", "state.json", "state.safetensors", "SHA256SUMS")
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_a_run_leaves_everything(finished: Path) -> None:
         "config.yaml", "metrics.jsonl", "README.md", "curve.png", "before_after.png", f"adapter/{lora}",
         "report.html", "strips/prompts.json",
         *(f"{folder}/step-{step:06}.png" for folder in ("samples", "strips") for step in range(4)),
-        *(f"checkpoints/{step}/{file}" for step in steps for file in (lora, "state.json", "state.safetensors")),
+        *(f"checkpoints/{step}/{file}" for step in steps for file in CHECKPOINT),
     }  # fmt: skip
     for name in names:
         if name.endswith(".png") and not name.startswith("strips"):

@@ -188,15 +188,16 @@ def check_rewards(texts: Sequence[str]) -> list[RewardSpec]:
 
 def check_held_out(texts: Sequence[str], trained: Sequence[str], model: str) -> list[RewardSpec]:
     """Rewards that are only evaluated, with weight 0; none given: the model's own. Raises BadInput."""
-    known = check_rewards(trained)
-    texts = texts or [name for name in own_rewards(model) if name not in {spec.name for spec in known}]
+    known = [parse_reward(text) for text in trained]
+    names, users = ({spec.name for spec in known if spec.packaged}, {spec.text for spec in known if not spec.packaged})
+    texts = texts or [name for name in own_rewards(model) if name not in names]
     for text in texts:
-        if parse_reward(text).text != text:
+        spec = parse_reward(text)
+        if spec.text != text:
             raise BadInput(f"eval_reward is {text}; wanted it without a weight: it is never summed")
-    found = check_rewards([*trained, *texts])[len(trained) :]
-    if clash := {spec.name for spec in known} & {spec.name for spec in found}:
-        raise BadInput(f"eval_reward has {sorted(clash)[0]}, which reward has too; wanted what is not trained on")
-    return [replace(spec, weight=0.0) for spec in found]
+        if spec.name in names if spec.packaged else spec.text in users:
+            raise BadInput(f"eval_reward has {text}, which reward has too; wanted what is not trained on")
+    return [replace(spec, weight=0.0) for spec in check_rewards([*trained, *texts])[len(trained) :]]
 
 
 def _told_apart(specs: list[RewardSpec]) -> list[RewardSpec]:

@@ -94,7 +94,7 @@ class TrainSettings(HealthSettings):
     """Folder of the run, new or empty; none: runs/METHOD-MODEL-NUMBER."""
     save_every: int = 25
     """Steps between checkpoints, of which the last two and the best are kept; 0: none but the final adapter."""
-    eval_every: int = 10
+    eval_every: int = 20
     """Steps between evaluations; 0: only before and after."""
     eval_prompts: str | None = None
     """As prompts; none: the model's own held-out prompts, or the prompts trained on."""
