@@ -121,18 +121,24 @@ def test_memory_forgets_what_was_used_least_recently() -> None:
 
 
 def test_processes_share_a_file(tmp_path: Path) -> None:
-    """Two at once, each writing 200 scores in 20 transactions; none is lost and none is another's."""
+    """Two at once, each writing 400 scores in 40 transactions; none is lost and none is another's."""
     code = (
         "import sys; from tropism.rewards.cache import File\n"
-        "file, who = File(sys.argv[1]), int(sys.argv[2])\n"
-        "for part in range(20):\n"
-        "    file.put({bytes([who, part, i]): who + part / 32 + i / 1024 for i in range(10)})\n"
+        "def write(path, who):\n"
+        "    for part in range(40):\n"
+        "        File(path).put({bytes([who, part, i]): who + part / 64 + i / 1024 for i in range(10)})\n"
     )
-    path = tmp_path / "scores.sqlite"
-    running = [subprocess.Popen([sys.executable, "-c", code, str(path), str(who)]) for who in range(2)]
-    assert [process.wait(60) for process in running] == [0] * 2
-    keys = [(who, part, i) for who in range(2) for part in range(20) for i in range(10)]
-    assert File(path).get([bytes(key) for key in keys]) == [who + part / 32 + i / 1024 for who, part, i in keys]
+    path, own = tmp_path / "scores.sqlite", dict[str, Any]()
+    exec(code, own)
+    go = subprocess.Popen(
+        [sys.executable, "-c", f"{code}print('go', flush=True)\nwrite(sys.argv[1], 1)", str(path)],
+        stdout=subprocess.PIPE,
+    )
+    assert go.stdout is not None and go.stdout.readline() == b"go\n"
+    own["write"](path, 0)
+    assert go.wait(60) == 0
+    keys = [(who, part, i) for who in range(2) for part in range(40) for i in range(10)]
+    assert File(path).get([bytes(key) for key in keys]) == [who + part / 64 + i / 1024 for who, part, i in keys]
 
 
 def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path: Path) -> None:

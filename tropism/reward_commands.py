@@ -20,8 +20,8 @@ from tropism.config import BadInput, RunFailed
 from tropism.plan import as_bad_input, check_device
 from tropism.reward_settings import RewardServeSettings, RewardTestSettings
 from tropism.rewards import RewardError
-from tropism.rewards.remote import TOKEN
 from tropism.rewards.trial import table, try_out
+from tropism.rewards.wire import TOKEN, Limits
 
 if TYPE_CHECKING:
     from tropism.base import Reward
@@ -63,7 +63,6 @@ def run_serve(settings: RewardServeSettings) -> None:
         import uvicorn
 
         from tropism.rewards.serving import Desk, make_app
-        from tropism.rewards.wire import Limits
     except ImportError as error:
         raise BadInput(f"serving needs FastAPI and uvicorn ({error}); pip install 'tropism[serve]'") from error
     (spec,) = catalog.check_rewards(settings.reward)
@@ -108,4 +107,5 @@ def _door(host: str, port: int) -> socket.socket:
         door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return door
     except OSError as error:
-        raise BadInput(f"host is {host} and port {port}, which cannot be used ({error.strerror or error})") from error
+        why = str(error.strerror or error).partition(" (while")[0]
+        raise BadInput(f"host is {host} and port {port}, which cannot be used ({why})") from error

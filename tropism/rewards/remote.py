@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from .scores import RewardError, to_values
-from .wire import CONTENT_TYPES, FLOATS, Call, Format, pack, read_reply
+from .wire import CONTENT_TYPES, FLOATS, TOKEN, Call, Format, pack, read_reply
 
 AT_MOST = 30.0  # seconds between two attempts
 IMAGES = 16  # of one request
-TOKEN = "TROPISM_REWARD_TOKEN"  # in the environment
 START = "start one with tropism reward serve"
 URL = re.compile(r"https?://[^\s/@?#]+(/[^\s?#]*)?")
 

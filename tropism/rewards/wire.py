@@ -30,6 +30,7 @@ from torch import Tensor
 
 Format = Literal["safetensors", "png"]
 CONTENT_TYPES: Mapping[Format, str] = {"safetensors": "application/octet-stream", "png": "application/json"}
+TOKEN = "TROPISM_REWARD_TOKEN"  # in the environment, on both sides
 NAME_OF_CALL = re.compile(r"[0-9A-Za-z-]{1,64}")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
