@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,12 +104,9 @@ def load(images: int, clients: int, kills: int, size: int = 8, wait: float = 0.0
     """``images`` pictures shared by ``clients``, in calls of ``batch``; a kill at each equal share of the scores."""
     shares = [list(range(images))[client::clients] for client in range(clients)]
     found, transports = dict[int, float](), [Counting() for _ in range(clients)]
-    begun = threading.Event()
+    patience = Patience(timeout=30, attempts=14, backoff=0.05)
 
-    def run(client: int) -> None:
-        patience = Patience(timeout=30, attempts=14, backoff=0.05)
-        reward = Remote(server.url, patience=patience, images=10, parallel=2, transport=transports[client])
-        begun.wait()
+    def run(client: int, reward: Remote) -> None:
         for start in range(0, len(shares[client]), batch):
             numbers = shares[client][start : start + batch]
             scores = reward(pictures(numbers, size), [str(number) for number in numbers])
@@ -121,9 +117,12 @@ def load(images: int, clients: int, kills: int, size: int = 8, wait: float = 0.0
         try:
             with ThreadPoolExecutor(clients) as pool:
                 server.wait()
-                running = [pool.submit(run, client) for client in range(clients)]
+                rewards = [
+                    Remote(server.url, patience=patience, images=10, parallel=2, transport=transport)
+                    for transport in transports
+                ]
                 began = time.perf_counter()
-                begun.set()
+                running = [pool.submit(run, *each) for each in enumerate(rewards)]
                 for kill in range(1, kills + 1):
                     while len(found) < images * kill / (kills + 1) and not all(each.done() for each in running):
                         time.sleep(0.002)

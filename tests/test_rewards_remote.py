@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -240,9 +241,9 @@ def test_when_patience_ends_scores_are_missing_and_when_all_are_it_is_an_error(
     found = reward(numbered(6), texts(6))
     assert found[[0, 1, 4, 5]].tolist() == [0, 1, 4, 5] and found[2:4].isnan().all()
     assert len(seen) == 5
-    assert "2 of 6 images have no score (no answer in 3 attempts (503: said so)), 2 so far" in capsys.readouterr().err
+    assert "2 of 6 images have no score (no answer (503: said so; attempt 3 of 3)), 2 so far" in capsys.readouterr().err
     carry, seen = flaky(passing(web()), *[503] * 100)
-    with pytest.raises(RewardError, match=r"no answer in 3 attempts \(503: said so\); is the server running\?$"):
+    with pytest.raises(RewardError, match=r"no answer \(503: said so; attempt 3 of 3\); is the server running\?$"):
         remote(carry, images=2, parallel=1)(numbered(6), texts(6))
     assert len(seen) == 3 + 1 + 1, "when one request has waited in vain, the others try once"
 
@@ -253,6 +254,28 @@ def test_waits_double_are_bounded_and_are_drawn_at_random() -> None:
     for place, wait in enumerate(waits):
         most = min(30.0, 0.5 * 2**place)
         assert most / 2 <= wait <= most
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
+    """It takes the connection and says nothing: two attempts of a fifth of a second, a wait of 0.01, no more."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(RewardError, match=r"no reward server at .*, no answer \(ReadTimeout: .*; attempt 2 of 2\)"):
+            Remote(f"http://127.0.0.1:{silent.getsockname()[1]}", patience=Patience(0.2, attempts=2, backoff=0.01))
+    assert 0.4 <= time.monotonic() - started < 2
+
+
+def test_before_a_run_patience_is_short() -> None:
+    """Eight attempts of a run would keep someone waiting who has only mistyped the address."""
+    tried = list[int]()
+
+    def nobody(request: httpx2.Request) -> httpx2.Response:
+        tried.append(1)
+        raise httpx2.ConnectError("refused")
+
+    with pytest.raises(RewardError, match="attempt 3 of 8"):
+        remote(nobody, patience=Patience(backoff=0.001))
+    assert len(tried) == 3
 
 
 def test_requests_are_under_way_at_once_and_their_scores_keep_the_order() -> None:
@@ -363,7 +386,7 @@ def test_what_is_no_reward_server() -> None:
         raise httpx2.ConnectError("Connection refused")
 
     for carry, sentence in [
-        (nobody, r"no reward server at http://127\.0\.0\.1:8000, no answer in 3 attempts \(ConnectError: Connection"),
+        (nobody, r"no reward server at http://127\.0\.0\.1:8000, no answer \(ConnectError: Connection"),
         (lambda request: httpx2.Response(200, text="<html>"), "there is no reward server"),
         (lambda request: httpx2.Response(200, json=[1]), "what answers at .* is no reward server"),
         (replying(info={"name": "x"}), "what answers at .* is no reward server"),

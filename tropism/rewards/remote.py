@@ -29,6 +29,7 @@ from .wire import CONTENT_TYPES, FLOATS, TOKEN, Call, Format, pack, read_reply
 
 AT_MOST = 30.0  # seconds between two attempts
 IMAGES = 16  # of one request
+FIRST = 3  # attempts before anything has begun: whoever waits then has mistaken the address
 START = "start one with tropism reward serve"
 URL = re.compile(r"https?://[^\s/@?#]+(/[^\s?#]*)?")
 
@@ -61,7 +62,7 @@ class Patience:
     backoff: float = 0.5  # seconds before the second attempt, then twice that, and so on, each times 0.5 to 1
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0 or self.attempts < 1 or self.backoff < 0:
+        if not self.timeout > 0 or self.attempts < 1 or not self.backoff >= 0:
             raise RewardError(f"{self}; wanted a timeout above 0, at least 1 attempt, and a backoff of 0 or more")
 
     def waits(self) -> Iterator[float]:
@@ -117,7 +118,7 @@ class Remote:
 
     def _info(self) -> Mapping[str, Any]:
         try:
-            said = self._ask("GET", "/info", None, _signs()).json()
+            said = self._ask("GET", "/info", None, _signs(), at_most=FIRST).json()
         except (Unreachable, ValueError) as error:
             raise RewardError(f"there is no reward server at {self.url}, {error}; {START}") from error
         if not isinstance(said, dict) or not {"name", "version", "max_images", "max_bytes"} <= set(said):
@@ -187,13 +188,16 @@ class Remote:
             )
         return Part(scores, str(failures[0]) if failures else None)
 
-    def _ask(self, verb: str, page: str, body: bytes | None, signs: Signs) -> httpx2.Response:
+    def _ask(
+        self, verb: str, page: str, body: bytes | None, signs: Signs, at_most: int | None = None
+    ) -> httpx2.Response:
         """The answer, once there is one that is no failure. Raises Unreachable and RewardError."""
         headers = {} if body is None else {"Content-Type": CONTENT_TYPES[self.format]}
-        why = ""
-        for wait in (0.0, *self.patience.waits()):
+        why, attempt = "not tried", 0
+        for wait in (0.0, *self.patience.waits())[:at_most]:
             if signs.stop.wait(wait) or (wait and signs.gone.is_set()):
                 break
+            attempt += 1
             try:
                 answer = self._client.request(verb, self.url + page, content=body, headers=headers)
             except httpx2.TransportError as error:
@@ -205,7 +209,7 @@ class Remote:
             if answer.status_code < 500 and answer.status_code != 429:
                 raise RewardError(f"the reward server at {self.url} refused, {why}")
         signs.gone.set()
-        raise Unreachable(f"no answer in {self.patience.attempts} attempts ({why})")
+        raise Unreachable(f"no answer ({why}; attempt {attempt} of {self.patience.attempts})")
 
     def _say_what_is_missing(self, parts: Sequence[Part], count: int) -> None:
         why = next((part.why for part in parts if part.why is not None), None)
