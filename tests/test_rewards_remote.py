@@ -101,8 +101,10 @@ def test_without_the_token_nothing_is_told(given: str | None) -> None:
             "error": "the bearer token is missing or wrong; give the one that the server was started with"
         }
     assert client.get("/health").json() == {"status": "ok"}
-    with pytest.raises(RewardError, match="refused, 401: the bearer token is missing or wrong"):
-        remote(passing(client), token=given)
+    with pytest.raises(
+        RewardError, match="^the reward server at http://127.0.0.1:8000 refused, 401: the bearer token is"
+    ):
+        remote(passing(client), token=None if given is None else given.split()[-1] + "x")
 
 
 def test_with_the_token_everything_works() -> None:
@@ -331,6 +333,9 @@ def test_a_request_that_comes_again_is_answered_and_not_scored_again() -> None:
     assert calls == [2, 2]
 
 
+INFO = {"name": "x", "version": "v", "max_images": 1, "max_bytes": 1}
+
+
 def replying(**changes: Any) -> Handler:
     """A server that answers every call with a good reply but for ``changes``."""
 
@@ -387,13 +392,25 @@ def test_what_is_no_reward_server() -> None:
 
     for carry, sentence in [
         (nobody, r"no reward server at http://127\.0\.0\.1:8000, no answer \(ConnectError: Connection"),
-        (lambda request: httpx2.Response(200, text="<html>"), "there is no reward server"),
+        (lambda request: httpx2.Response(200, text="<html>"), "what answers at .* is no reward server"),
+        (lambda request: httpx2.Response(404, text="<html>"), "refused, 404: <html>"),
         (lambda request: httpx2.Response(200, json=[1]), "what answers at .* is no reward server"),
         (replying(info={"name": "x"}), "what answers at .* is no reward server"),
+        (replying(info=INFO | {"max_images": 0}), "what answers at .* is no reward server"),
+        (replying(info=INFO | {"max_bytes": "many"}), "what answers at .* is no reward server"),
     ]:
         with pytest.raises(RewardError, match=sentence):
             remote(carry)
-    for url in ("127.0.0.1:8000", "http://", "ftp://x", "http://user@host", "http://a b"):
+    for url in (
+        "127.0.0.1:8000",
+        "http://",
+        "ftp://x",
+        "http://user@host",
+        "http://a b",
+        "http://h:99999",
+        "http://[::1",
+        "http://",
+    ):
         with pytest.raises(RewardError, match=r"wanted http://HOST:PORT"):
             Remote(url)
 
@@ -410,6 +427,12 @@ def test_what_cannot_be_sent() -> None:
     ]:
         with pytest.raises(RewardError, match=sentence):
             reward(samples, texts(2), **columns)
+
+
+@pytest.mark.parametrize("token", ["", "two words", "naïve", "a\nb"])
+def test_tokens_that_no_header_can_carry(token: str) -> None:
+    with pytest.raises(RewardError, match="wanted letters, digits and signs"):
+        remote(passing(web()), token=token)
 
 
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

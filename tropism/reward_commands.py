@@ -21,7 +21,7 @@ from tropism.plan import as_bad_input, check_device
 from tropism.reward_settings import RewardServeSettings, RewardTestSettings
 from tropism.rewards import RewardError
 from tropism.rewards.trial import table, try_out
-from tropism.rewards.wire import TOKEN, Limits
+from tropism.rewards.wire import TOKEN, TOKEN_WANTED, Limits, is_token
 
 if TYPE_CHECKING:
     from tropism.base import Reward
@@ -93,8 +93,8 @@ def read_token(file: str | None, environment: Mapping[str, str]) -> str | None:
     if found is None:
         return None
     token = found.strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise BadInput(f"{where} is empty, or has spaces or other characters; wanted letters, digits and signs")
+    if not is_token(token):
+        raise BadInput(f"{where} is empty, or has spaces or other characters; {TOKEN_WANTED}")
     return token
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .scores import RewardError, to_values
-from .wire import CONTENT_TYPES, FLOATS, TOKEN, Call, Format, pack, read_reply
+from .wire import CONTENT_TYPES, FLOATS, TOKEN, TOKEN_WANTED, Call, Format, is_token, pack, read_reply
 
 AT_MOST = 30.0  # seconds between two attempts
 IMAGES = 16  # of one request
@@ -98,11 +98,13 @@ class Remote:
         format: Format = "safetensors",
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        if not URL.fullmatch(url) or images < 1 or parallel < 1 or format not in CONTENT_TYPES:
+        if not _is_address(url) or images < 1 or parallel < 1 or format not in CONTENT_TYPES:
             raise RewardError(
                 f"the url is {url}, images {images}, parallel {parallel}, format {format}; wanted http://HOST:PORT, at "
                 f"least 1, at least 1, and one of {', '.join(CONTENT_TYPES)}"
             )
+        if token is not None and not is_token(token):
+            raise RewardError(f"the token for {url} is empty, or has spaces or other characters; {TOKEN_WANTED}")
         self.url, self.format, self.parallel = url.rstrip("/"), format, parallel
         self.patience = patience or Patience()
         self.missing = 0  # samples without a score so far
@@ -118,12 +120,16 @@ class Remote:
 
     def _info(self) -> Mapping[str, Any]:
         try:
-            said = self._ask("GET", "/info", None, _signs(), at_most=FIRST).json()
-        except (Unreachable, ValueError) as error:
+            answer = self._ask("GET", "/info", None, _signs(), at_most=FIRST)
+        except Unreachable as error:
             raise RewardError(f"there is no reward server at {self.url}, {error}; {START}") from error
-        if not isinstance(said, dict) or not {"name", "version", "max_images", "max_bytes"} <= set(said):
-            raise RewardError(f"what answers at {self.url} is no reward server; {START}")
-        return said
+        try:
+            said = answer.json()
+            if said["name"] and said["version"] and min(int(said["max_images"]), int(said["max_bytes"])) >= 1:
+                return dict(said)
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise RewardError(f"what answers at {self.url} is no reward server; {START}")
 
     def __call__(self, samples: Any, prompts: Sequence[str], **columns: Any) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], B prompts -> (B,) float32 on the images' device; NaN where there is no score.
@@ -238,6 +244,13 @@ def from_environment(url: str, environment: Mapping[str, str]) -> Remote:
 
     patience = Patience(number("TIMEOUT", Patience.timeout), int(number("ATTEMPTS", Patience.attempts)))
     return Remote(url, environment.get(TOKEN), patience=patience, images=int(number("IMAGES", IMAGES)))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return URL.fullmatch(url) is not None and bool(httpx2.URL(url).host)
+    except httpx2.InvalidURL:
+        return False
 
 
 def _is_loopback(url: str) -> bool:
