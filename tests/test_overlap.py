@@ -125,13 +125,9 @@ def test_columns_and_pictures_arrive_with_their_rows() -> None:
     prompts = batch(1)
     images = numbered(len(prompts.text))
 
-    class Drawer:
-        def decode(self, latents: Tensor) -> Tensor:
-            return latents
-
     reward = remote(passing(web(lambda images, prompts, n: number(images) + torch.tensor([float(x) for x in n]))))
     marked = type(prompts)(texts(8), prompts.group, {"n": [100 * row for row in range(8)]})
-    with Scoring(Drawer(), reward, marked) as scores:  # type: ignore[arg-type]
+    with Scoring(policy([]), reward, marked) as scores:
         for rows in torch.arange(8).split(3):
             scores.begin(rows, images[rows])
         assert scores.of(images).tolist() == [101 * row for row in range(8)]

@@ -101,9 +101,7 @@ def test_without_the_token_nothing_is_told(given: str | None) -> None:
             "error": "the bearer token is missing or wrong; give the one that the server was started with"
         }
     assert client.get("/health").json() == {"status": "ok"}
-    with pytest.raises(
-        RewardError, match="^the reward server at http://127.0.0.1:8000 refused, 401: the bearer token is"
-    ):
+    with pytest.raises(RewardError, match=r"^the reward server at [^ ]+ refused, 401: the bearer token is missing"):
         remote(passing(client), token=None if given is None else given.split()[-1] + "x")
 
 
@@ -401,16 +399,7 @@ def test_what_is_no_reward_server() -> None:
     ]:
         with pytest.raises(RewardError, match=sentence):
             remote(carry)
-    for url in (
-        "127.0.0.1:8000",
-        "http://",
-        "ftp://x",
-        "http://user@host",
-        "http://a b",
-        "http://h:99999",
-        "http://[::1",
-        "http://",
-    ):
+    for url in ("127.0.0.1:8000", "http://", "ftp://x", "http://user@host", "http://a b", "http://[::1"):
         with pytest.raises(RewardError, match=r"wanted http://HOST:PORT"):
             Remote(url)
 
