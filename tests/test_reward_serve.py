@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
 import torch
-from small_run import said
+from safetensors.torch import load_file
+from small_run import said, small_place, train_words
 
 from tropism.config import BadInput
 from tropism.reward_commands import read_token
@@ -33,33 +36,46 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_server_in_an_environment_of_its_own(tmp_path: Path) -> None:
-    """Without the packages that heavy rewards pin in other versions; a token from a file; Ctrl-C ends it."""
-    (tmp_path / "own.py").write_text(
-        "class Bright:\n    def __call__(self, images):\n        return images.mean((1, 2, 3))\n"
-    )
-    (tmp_path / "token").write_text("  secret-1\n")
-    words = ["reward", "serve", "./own.py:Bright", "--port", "0", "--token-file", "token", "--name", "light"]
+@contextmanager
+def serving(folder: Path, *words: str) -> Iterator[str]:
+    """The line that a server says once it listens; afterwards it has ended by Ctrl-C, without an error."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    server = subprocess.Popen(
-        [sys.executable, "-c", ALONE, *words], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", ALONE, "reward", "serve", *words, "--port", "0"]
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        line = server.stdout.readline().strip()
-        assert line.startswith("reward light (version ") and "a token is wanted" in line
-        url = line.rpartition("remote:")[2]
-        images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        reward = Remote(url, "secret-1", images=2)
-        assert reward.name == "remote_light"
-        assert torch.equal(reward(images, [""] * 5), images.mean((1, 2, 3)))
-        with pytest.raises(RewardError, match="401"):
-            Remote(url, "secret-2")
-        times = [httpx2.get(f"{url}/health", trust_env=False).elapsed.total_seconds() for _ in range(5)]
-        assert min(times) < 0.03, "replies do not wait for acknowledgements, which takes 0.04 s"
+        yield server.stdout.readline().strip()
     finally:
         server.send_signal(signal.SIGINT)
     assert server.wait(20) == 0
+
+
+def test_a_server_in_an_environment_of_its_own(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the packages that heavy rewards pin in other versions; scores and training are those of home."""
+    monkeypatch.chdir(small_place(tiny_sd, tmp_path))
+    Path("own.py").write_text("class Bright:\n    def __call__(self, images):\n        return images.mean((1, 2, 3))\n")
+    Path("token").write_text("  secret-1\n")
+    with serving(tmp_path, "./own.py:Bright", "--token-file", "token") as line:
+        assert line.startswith("reward Bright (version ") and "a token is wanted" in line
+        url = line.rpartition("remote:")[2]
+        images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        reward = Remote(url, "secret-1", images=2)
+        assert (reward.name, reward.served) == ("remote", "Bright")
+        assert torch.equal(reward(images, [""] * 5), images.mean((1, 2, 3)))
+        with pytest.raises(RewardError, match="401"):
+            Remote(url, "secret-2")
+        times = [httpx2.get(f"{url}/health", trust_env=False).elapsed.total_seconds() for _ in range(9)]
+        assert min(times) < 0.03, "replies do not wait for acknowledgements, which takes 0.04 s"
+        monkeypatch.setenv("TROPISM_REWARD_TOKEN", "secret-1")
+        adapters = []
+        for out, name in (("away", f"remote:{url}"), ("home", "./own.py:Bright")):
+            done = said(train_words(reward=name, out=out, sample_batch="1", steps="1", eval_images="2"), capsys)
+            assert done.code == 0, done
+            adapters.append(load_file(Path(out) / "adapter" / "pytorch_lora_weights.safetensors"))
+    assert all(torch.equal(adapters[0][key], value) for key, value in adapters[1].items())
+    assert "eval_remote" in (Path("away") / "metrics.jsonl").read_text()
 
 
 SERVE = ["reward", "serve"]

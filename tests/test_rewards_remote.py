@@ -45,7 +45,9 @@ def test_scores_are_those_of_the_reward_itself_to_the_last_bit(dtype: torch.dtyp
     pictures = torch.rand(7, 3, 9, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     prompts, answer = texts(7), [0.1, 2.0, -3.5, 1e-8, 5.0, 6.0, 1e9]
     reward = remote(passing(web(exact)), images=images)
-    assert isinstance(reward, Reward) and reward.name == "remote_exact" and not reward.differentiable
+    assert (
+        isinstance(reward, Reward) and (reward.name, reward.served) == ("remote", "exact") and not reward.differentiable
+    )
     found = reward(pictures, prompts, answer=answer)
     assert found.dtype == torch.float32
     assert torch.equal(found, as_reward(exact)(pictures, prompts, answer=answer))

@@ -71,12 +71,11 @@ def run_serve(settings: RewardServeSettings) -> None:
     reward = _built(spec, settings.model, device)
     version = catalog.reward_version(spec, reward, settings.model)
     limits = Limits(settings.max_megabytes * 2**20, settings.max_images, settings.max_pixels)
-    name = settings.name or reward.name
-    desk = Desk(reward, version, name=name, limits=limits, device=device, parallel=settings.parallel)
+    desk = Desk(reward, version, limits=limits, device=device, parallel=settings.parallel)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{door.getsockname()[1]}"
     lock = "a token is wanted" if token else "no token is wanted"
-    print(f"reward {name} (version {version}) on {device}, {lock}; call it remote:{url}", flush=True)
+    print(f"reward {reward.name} (version {version}) on {device}, {lock}; call it remote:{url}", flush=True)
     server = uvicorn.Server(uvicorn.Config(make_app(desk, token), log_level="warning", access_log=False))
     with suppress(KeyboardInterrupt), door:
         server.run(sockets=[door])

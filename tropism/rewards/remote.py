@@ -115,7 +115,7 @@ class Remote:
             transport=transport,
         )
         said = self._info()
-        self.name, self.version = f"remote_{said['name']}", str(said["version"])
+        self.name, self.served, self.version = "remote", str(said["name"]), str(said["version"])
         self.images, self._most = min(images, int(said["max_images"])), int(said["max_bytes"])
 
     def _info(self) -> Mapping[str, Any]:
@@ -220,12 +220,12 @@ class Remote:
     def _say_what_is_missing(self, parts: Sequence[Part], count: int) -> None:
         why = next((part.why for part in parts if part.why is not None), None)
         if parts and not any(part.reached for part in parts):
-            raise RewardError(f"reward '{self.name}' at {self.url}: {why}; is the server running?")
+            raise RewardError(f"reward '{self.name}' ({self.served} at {self.url}): {why}; is the server running?")
         missing = sum(math.isnan(score) for part in parts for score in part.scores)
         self.missing += missing
         if missing:
             said = f"{missing} of {count} images have no score ({why or 'the reward gave none'}), {self.missing} so far"
-            print(f"warning: reward '{self.name}': {said}", file=sys.stderr)
+            print(f"warning: reward '{self.name}' ({self.served}): {said}", file=sys.stderr)
 
 
 def _signs() -> Signs:
