@@ -17,6 +17,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,12 +124,10 @@ class Remote:
             answer = self._ask("GET", "/info", None, _signs(), at_most=FIRST)
         except Unreachable as error:
             raise RewardError(f"there is no reward server at {self.url}, {error}; {START}") from error
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             said = answer.json()
             if said["name"] and said["version"] and min(int(said["max_images"]), int(said["max_bytes"])) >= 1:
                 return dict(said)
-        except (ValueError, TypeError, KeyError):
-            pass
         raise RewardError(f"what answers at {self.url} is no reward server; {START}")
 
     def __call__(self, samples: Any, prompts: Sequence[str], **columns: Any) -> Tensor:
@@ -192,7 +191,7 @@ class Remote:
                 f"the reward at {self.url} was version {self.version} and is {version} now, so its scores cannot be "
                 "compared; serve the first one again, or start a new run"
             )
-        return Part(scores, str(failures[0]) if failures else None)
+        return Part(scores, _short(failures[0]) if failures else None)
 
     def _ask(
         self, verb: str, page: str, body: bytes | None, signs: Signs, at_most: int | None = None
@@ -267,4 +266,9 @@ def _sentence(answer: httpx2.Response) -> str:
         said = answer.json()["error"]
     except (ValueError, KeyError, TypeError):
         said = answer.text
+    return _short(said)
+
+
+def _short(said: Any) -> str:
+    """In one line, and not for ever."""
     return " ".join(str(said).split())[:300] or "no reason given"
