@@ -29,6 +29,7 @@ def test_methods_are_found() -> None:
         ("jpeg-compressibility=-2", RewardSpec("jpeg-compressibility", "jpeg_compressibility", None, -2.0, True)),
         ("clip=0.5", RewardSpec("clip", "clip", None, 0.5, True)),
         ("clip:./some/folder=0.5", RewardSpec("clip:./some/folder", "clip", "./some/folder", 0.5, True)),
+        ("remote:http://h:1=2", RewardSpec("remote:http://h:1", "remote", "http://h:1", 2.0, True)),
         ("hpsv2:owner/model", RewardSpec("hpsv2:owner/model", "hpsv2", "owner/model", 1.0, True)),
         ("module:function=1e-2", RewardSpec("module:function", "function", "module", 0.01, False)),
         ("./a=b.py:f=3", RewardSpec("./a=b.py:f", "f", "./a=b.py", 3.0, False)),
@@ -46,6 +47,7 @@ def test_reward_specs(text: str, spec: RewardSpec) -> None:
         ("brightness=nan", "wanted a finite number"),
         ("brightness:x", "wanted brightness alone"),
         ("hpsv2", "wanted hpsv2:FOLDER"),
+        ("remote", "wanted remote:http://127.0.0.1:8000"),
         ("nothing", "wanted one of brightness"),
         (":f", "there is no reward"),
         ("f:", "there is no reward"),
@@ -103,6 +105,15 @@ def test_a_users_reward_keeps_its_promise_and_is_told_apart(tmp_path: Path, monk
     assert [reward.differentiable for reward in built] == [True, False]
     images = torch.rand(2, 3, 8, 8, requires_grad=True)
     assert built[0](images, ["a", "b"]).requires_grad
+
+
+def test_several_servers_are_called_by_their_addresses() -> None:
+    texts = ["remote:http://127.0.0.1:8000", "remote:http://127.0.0.1:8001=0.5", "clip"]
+    assert [spec.name for spec in catalog.check_rewards(texts[:1])] == ["remote"]
+    specs = catalog.check_rewards(texts)
+    assert [spec.name for spec in specs] == ["remote_http_127_0_0_1_8000", "remote_http_127_0_0_1_8001", "clip"]
+    assert [spec.source for spec in specs] == ["http://127.0.0.1:8000", "http://127.0.0.1:8001", None]
+    assert [spec.weight for spec in specs] == [1.0, 0.5, 1.0] and {spec.kind for spec in specs} == {"remote", "clip"}
 
 
 def test_a_users_module_with_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,11 @@ class RewardSpec:
     packaged: bool
     call: Callable[..., Any] | None = None  # the user's function, once imported
 
+    @property
+    def kind(self) -> str:
+        """Of a reward in the package, which one it is, whatever it is called."""
+        return _kind(self.text)
+
 
 @dataclass(frozen=True)
 class Packaged:
@@ -160,7 +165,7 @@ def parse_reward(text: str) -> RewardSpec:
         raise BadInput(f"the weight of reward {text!r} is {number!r}; wanted a number, as in {body}=0.5") from None
     if not abs(weight) < float("inf"):
         raise BadInput(f"the weight of reward {text!r} is {number}; wanted a finite number")
-    name = body.split(":", 1)[0].replace("-", "_")
+    name = _kind(body)
     if name in packaged_rewards():
         source = body.partition(":")[2] or None
         if source and not packaged_rewards()[name].takes_source:
@@ -173,6 +178,10 @@ def parse_reward(text: str) -> RewardSpec:
     if not colon or not module or not function:
         raise BadInput(f"there is no reward {text!r}; {suggest(body, [*packaged_rewards(), 'MODULE:FUNCTION'])}")
     return RewardSpec(body, function, module, weight, False)
+
+
+def _kind(text: str) -> str:
+    return text.split(":", 1)[0].replace("-", "_")
 
 
 def check_rewards(texts: Sequence[str]) -> list[RewardSpec]:
@@ -201,9 +210,16 @@ def check_held_out(texts: Sequence[str], trained: Sequence[str], model: str) -> 
 
 
 def _told_apart(specs: list[RewardSpec]) -> list[RewardSpec]:
-    """A user's function that shares its name with another reward is called MODULE:FUNCTION."""
+    """A user's function that shares its name with another reward is called MODULE:FUNCTION; of several servers, each is
+    called by its address."""
     names = [spec.name for spec in specs]
-    return [spec if spec.packaged or names.count(spec.name) < 2 else replace(spec, name=spec.text) for spec in specs]
+
+    def called(spec: RewardSpec) -> str:
+        if names.count(spec.name) < 2 or (spec.packaged and spec.kind != "remote"):
+            return spec.name
+        return re.sub(r"\W+", "_", spec.text) if spec.packaged else spec.text
+
+    return [replace(spec, name=called(spec)) for spec in specs]
 
 
 def _checked(spec: RewardSpec) -> RewardSpec:
@@ -222,12 +238,15 @@ def build_reward(spec: RewardSpec, model: str, device: torch.device) -> Reward:
 
         declared = spec.call.differentiable if isinstance(spec.call, Reward) else None
         return as_reward(spec.call, spec.name, declared)
-    return packaged_rewards()[spec.name].build(_source(spec, model), device)
+    made = packaged_rewards()[spec.kind].build(_source(spec, model), device)
+    if spec.kind == "remote":
+        made.name = spec.name
+    return made
 
 
 def _source(spec: RewardSpec, model: str) -> str | None:
     """Where a packaged reward finds its weights: what was said, or for the scenes models the CLIP that ships."""
-    if spec.name == "clip" and spec.source is None and model in SHIPPED:
+    if spec.kind == "clip" and spec.source is None and model in SHIPPED:
         return str(WEIGHTS / SHIPPED_CLIP)
     return spec.source and os.path.expanduser(spec.source)  # of a URL, Path would drop a slash
 
@@ -236,7 +255,7 @@ def reward_version(spec: RewardSpec, reward: Reward, model: str) -> str:
     """A hash of what decides the scores; of a remote reward it is the server's."""
     from tropism.rewards.version import code_of, version_of
 
-    if spec.packaged and spec.name == "remote":
+    if spec.packaged and spec.kind == "remote":
         return str(reward.version)  # type: ignore[attr-defined]
     if not spec.packaged:
         file = Path(str(spec.source))

@@ -146,7 +146,8 @@ def _help() -> str:
         **{" ".join([name, each.leading.upper()]).strip(): each.line for name, each in COMMANDS.items()},
         "methods": "list the methods and their settings",
     }
-    return HEAD + "".join(f"  {name:<15} {line}\n" for name, line in lines.items()) + TAIL
+    width = max(map(len, lines))
+    return HEAD + "".join(f"  {name:<{width}}  {line}\n" for name, line in lines.items()) + TAIL
 
 
 def _run(name: str, words: list[str]) -> None:

@@ -20,8 +20,8 @@ from tropism.config import BadInput, RunFailed
 from tropism.plan import as_bad_input, check_device
 from tropism.reward_settings import RewardServeSettings, RewardTestSettings
 from tropism.rewards import RewardError
-from tropism.rewards.remote import TOKEN
 from tropism.rewards.trial import table, try_out
+from tropism.rewards.wire import TOKEN, TOKEN_WANTED, Limits, is_token
 
 if TYPE_CHECKING:
     from tropism.base import Reward
@@ -63,7 +63,6 @@ def run_serve(settings: RewardServeSettings) -> None:
         import uvicorn
 
         from tropism.rewards.serving import Desk, make_app
-        from tropism.rewards.wire import Limits
     except ImportError as error:
         raise BadInput(f"serving needs FastAPI and uvicorn ({error}); pip install 'tropism[serve]'") from error
     (spec,) = catalog.check_rewards(settings.reward)
@@ -72,12 +71,11 @@ def run_serve(settings: RewardServeSettings) -> None:
     reward = _built(spec, settings.model, device)
     version = catalog.reward_version(spec, reward, settings.model)
     limits = Limits(settings.max_megabytes * 2**20, settings.max_images, settings.max_pixels)
-    name = settings.name or reward.name
-    desk = Desk(reward, version, name=name, limits=limits, device=device, parallel=settings.parallel)
+    desk = Desk(reward, version, limits=limits, device=device, parallel=settings.parallel)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{door.getsockname()[1]}"
     lock = "a token is wanted" if token else "no token is wanted"
-    print(f"reward {name} (version {version}) on {device}, {lock}; call it remote:{url}", flush=True)
+    print(f"reward {reward.name} (version {version}) on {device}, {lock}; call it remote:{url}", flush=True)
     server = uvicorn.Server(uvicorn.Config(make_app(desk, token), log_level="warning", access_log=False))
     with suppress(KeyboardInterrupt), door:
         server.run(sockets=[door])
@@ -94,8 +92,8 @@ def read_token(file: str | None, environment: Mapping[str, str]) -> str | None:
     if found is None:
         return None
     token = found.strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise BadInput(f"{where} is empty, or has spaces or other characters; wanted letters, digits and signs")
+    if not is_token(token):
+        raise BadInput(f"{where} is empty, or has spaces or other characters; {TOKEN_WANTED}")
     return token
 
 
@@ -108,4 +106,5 @@ def _door(host: str, port: int) -> socket.socket:
         door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return door
     except OSError as error:
-        raise BadInput(f"host is {host} and port {port}, which cannot be used ({error.strerror or error})") from error
+        why = str(error.strerror or error).partition(" (while")[0]
+        raise BadInput(f"host is {host} and port {port}, which cannot be used ({why})") from error

@@ -43,8 +43,6 @@ class RewardServeSettings(PlaceSettings):
 
     reward: list[str] = field(default_factory=list)
     """NAME, NAME:SOURCE or MODULE:FUNCTION."""
-    name: str | None = None
-    """What clients call it, after remote_; none: its own name."""
     host: str = "127.0.0.1"
     """The address to listen at; others than this machine can only call with a token."""
     port: int = 8000

@@ -17,6 +17,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor
 
 from .scores import RewardError, to_values
-from .wire import CONTENT_TYPES, FLOATS, Call, Format, pack, read_reply
+from .wire import CONTENT_TYPES, FLOATS, TOKEN, TOKEN_WANTED, Call, Format, is_token, pack, read_reply
 
 AT_MOST = 30.0  # seconds between two attempts
 IMAGES = 16  # of one request
-TOKEN = "TROPISM_REWARD_TOKEN"  # in the environment
+FIRST = 3  # attempts before anything has begun: whoever waits then has mistaken the address
 START = "start one with tropism reward serve"
 URL = re.compile(r"https?://[^\s/@?#]+(/[^\s?#]*)?")
 
@@ -62,7 +63,7 @@ class Patience:
     backoff: float = 0.5  # seconds before the second attempt, then twice that, and so on, each times 0.5 to 1
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0 or self.attempts < 1 or self.backoff < 0:
+        if not self.timeout > 0 or self.attempts < 1 or not self.backoff >= 0:
             raise RewardError(f"{self}; wanted a timeout above 0, at least 1 attempt, and a backoff of 0 or more")
 
     def waits(self) -> Iterator[float]:
@@ -98,11 +99,13 @@ class Remote:
         format: Format = "safetensors",
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        if not URL.fullmatch(url) or images < 1 or parallel < 1 or format not in CONTENT_TYPES:
+        if not _is_address(url) or images < 1 or parallel < 1 or format not in CONTENT_TYPES:
             raise RewardError(
                 f"the url is {url}, images {images}, parallel {parallel}, format {format}; wanted http://HOST:PORT, at "
                 f"least 1, at least 1, and one of {', '.join(CONTENT_TYPES)}"
             )
+        if token is not None and not is_token(token):
+            raise RewardError(f"the token for {url} is empty, or has spaces or other characters; {TOKEN_WANTED}")
         self.url, self.format, self.parallel = url.rstrip("/"), format, parallel
         self.patience = patience or Patience()
         self.missing = 0  # samples without a score so far
@@ -113,17 +116,19 @@ class Remote:
             transport=transport,
         )
         said = self._info()
-        self.name, self.version = f"remote_{said['name']}", str(said["version"])
+        self.name, self.served, self.version = "remote", str(said["name"]), str(said["version"])
         self.images, self._most = min(images, int(said["max_images"])), int(said["max_bytes"])
 
     def _info(self) -> Mapping[str, Any]:
         try:
-            said = self._ask("GET", "/info", None, _signs()).json()
-        except (Unreachable, ValueError) as error:
+            answer = self._ask("GET", "/info", None, _signs(), at_most=FIRST)
+        except Unreachable as error:
             raise RewardError(f"there is no reward server at {self.url}, {error}; {START}") from error
-        if not isinstance(said, dict) or not {"name", "version", "max_images", "max_bytes"} <= set(said):
-            raise RewardError(f"what answers at {self.url} is no reward server; {START}")
-        return said
+        with suppress(ValueError, TypeError, KeyError):
+            said = answer.json()
+            if said["name"] and said["version"] and min(int(said["max_images"]), int(said["max_bytes"])) >= 1:
+                return dict(said)
+        raise RewardError(f"what answers at {self.url} is no reward server; {START}")
 
     def __call__(self, samples: Any, prompts: Sequence[str], **columns: Any) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], B prompts -> (B,) float32 on the images' device; NaN where there is no score.
@@ -186,15 +191,18 @@ class Remote:
                 f"the reward at {self.url} was version {self.version} and is {version} now, so its scores cannot be "
                 "compared; serve the first one again, or start a new run"
             )
-        return Part(scores, str(failures[0]) if failures else None)
+        return Part(scores, _short(failures[0]) if failures else None)
 
-    def _ask(self, verb: str, page: str, body: bytes | None, signs: Signs) -> httpx2.Response:
+    def _ask(
+        self, verb: str, page: str, body: bytes | None, signs: Signs, at_most: int | None = None
+    ) -> httpx2.Response:
         """The answer, once there is one that is no failure. Raises Unreachable and RewardError."""
         headers = {} if body is None else {"Content-Type": CONTENT_TYPES[self.format]}
-        why = ""
-        for wait in (0.0, *self.patience.waits()):
+        why, attempt = "not tried", 0
+        for wait in (0.0, *self.patience.waits())[:at_most]:
             if signs.stop.wait(wait) or (wait and signs.gone.is_set()):
                 break
+            attempt += 1
             try:
                 answer = self._client.request(verb, self.url + page, content=body, headers=headers)
             except httpx2.TransportError as error:
@@ -206,17 +214,17 @@ class Remote:
             if answer.status_code < 500 and answer.status_code != 429:
                 raise RewardError(f"the reward server at {self.url} refused, {why}")
         signs.gone.set()
-        raise Unreachable(f"no answer in {self.patience.attempts} attempts ({why})")
+        raise Unreachable(f"no answer ({why}; attempt {attempt} of {self.patience.attempts})")
 
     def _say_what_is_missing(self, parts: Sequence[Part], count: int) -> None:
         why = next((part.why for part in parts if part.why is not None), None)
         if parts and not any(part.reached for part in parts):
-            raise RewardError(f"reward '{self.name}' at {self.url}: {why}; is the server running?")
+            raise RewardError(f"reward '{self.name}' ({self.served} at {self.url}): {why}; is the server running?")
         missing = sum(math.isnan(score) for part in parts for score in part.scores)
         self.missing += missing
         if missing:
             said = f"{missing} of {count} images have no score ({why or 'the reward gave none'}), {self.missing} so far"
-            print(f"warning: reward '{self.name}': {said}", file=sys.stderr)
+            print(f"warning: reward '{self.name}' ({self.served}): {said}", file=sys.stderr)
 
 
 def _signs() -> Signs:
@@ -237,6 +245,13 @@ def from_environment(url: str, environment: Mapping[str, str]) -> Remote:
     return Remote(url, environment.get(TOKEN), patience=patience, images=int(number("IMAGES", IMAGES)))
 
 
+def _is_address(url: str) -> bool:
+    try:
+        return URL.fullmatch(url) is not None and bool(httpx2.URL(url).host)
+    except httpx2.InvalidURL:
+        return False
+
+
 def _is_loopback(url: str) -> bool:
     host = httpx2.URL(url).host
     try:
@@ -251,4 +266,9 @@ def _sentence(answer: httpx2.Response) -> str:
         said = answer.json()["error"]
     except (ValueError, KeyError, TypeError):
         said = answer.text
+    return _short(said)
+
+
+def _short(said: Any) -> str:
+    """In one line, and not for ever."""
     return " ".join(str(said).split())[:300] or "no reason given"

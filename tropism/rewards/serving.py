@@ -40,12 +40,11 @@ class Desk:
         reward: Reward,
         version: str,
         *,
-        name: str | None = None,
         limits: Limits | None = None,
         device: torch.device | None = None,
         parallel: int = 1,
     ) -> None:
-        self.reward, self.version, self.name = reward, version, name or reward.name
+        self.reward, self.version = reward, version
         self.limits = limits or Limits()
         self._device = device or torch.device("cpu")
         self._turn = threading.BoundedSemaphore(parallel)
@@ -55,7 +54,7 @@ class Desk:
     def info(self) -> dict[str, Any]:
         """What a client wants to know before it sends pictures."""
         limits = {"max_bytes": self.limits.bytes, "max_images": self.limits.images, "max_pixels": self.limits.pixels}
-        return {"name": self.name, "version": self.version, "differentiable": False, **limits}
+        return {"name": self.reward.name, "version": self.version, "differentiable": False, **limits}
 
     def answer(self, content_type: str, body: bytes) -> dict[str, Any]:
         """The reply to the body of a call. Raises Refused."""

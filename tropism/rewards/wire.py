@@ -30,6 +30,8 @@ from torch import Tensor
 
 Format = Literal["safetensors", "png"]
 CONTENT_TYPES: Mapping[Format, str] = {"safetensors": "application/octet-stream", "png": "application/json"}
+TOKEN = "TROPISM_REWARD_TOKEN"  # in the environment, on both sides
+TOKEN_WANTED = "wanted letters, digits and signs"
 NAME_OF_CALL = re.compile(r"[0-9A-Za-z-]{1,64}")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -58,6 +60,11 @@ class Call(NamedTuple):
     images: Tensor  # (B, 3, H, W) floats in [0, 1]
     prompts: Sequence[str]  # B
     columns: Mapping[str, Sequence[Any]]  # B values each
+
+
+def is_token(text: str) -> bool:
+    """Whether it can be sent in a header as it is."""
+    return bool(text) and text.isascii() and text.isprintable() and " " not in text
 
 
 # Calls.
