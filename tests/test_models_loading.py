@@ -118,8 +118,8 @@ def test_wrong_folders(copy: Path) -> None:
     with pytest.raises(ValueError, match=r"unet has no model_index\.json"):
         load_pipeline(copy / "unet")
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="is a FluxPipeline; wanted one of StableDiffusionPipeline, StableDiffusion3"):
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxKontextPipeline"}))
+    with pytest.raises(ValueError, match="is a FluxKontextPipeline; wanted one of StableDiffusionPipeline, Latent"):
         load_pipeline(copy)
 
 

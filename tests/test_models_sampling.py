@@ -159,7 +159,7 @@ def test_encode_asks_the_text_encoder_once_a_prompt() -> None:
 def test_encode_forgets_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrap_pipeline(tiny.sd_pipeline())
     row = model.encode(["a"])["prompt_embeds"].nbytes
-    monkeypatch.setattr("tropism.models.latent_pipeline.CACHE_BYTES", 3 * row)
+    monkeypatch.setattr("tropism.models.trainable.CACHE_BYTES", 3 * row)
     rows = model.encode([f"number {i}" for i in range(10)])
     assert rows["prompt_embeds"].shape[0] == 10 and list(model._rows) == ["number 7", "number 8", "number 9"]
 

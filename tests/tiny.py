@@ -18,9 +18,17 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
@@ -107,8 +115,8 @@ def _vae(scaling_factor: float, shift_factor: float | None) -> AutoencoderKL:
     )
 
 
-def _unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def _unet(**config: Any) -> UNet2DConditionModel:
+    usual = dict(
         sample_size=LATENT_SHAPE[1],
         in_channels=LATENT_SHAPE[0],
         out_channels=LATENT_SHAPE[0],
@@ -120,6 +128,7 @@ def _unet() -> UNet2DConditionModel:
         cross_attention_dim=16,
         attention_head_dim=4,
     )
+    return UNet2DConditionModel(**{**usual, **config})
 
 
 def sd_pipeline(seed: int = 0, **scheduler: Any) -> Any:
@@ -157,10 +166,7 @@ def _transformer(width: int) -> SD3Transformer2DModel:
 
 def sd3_pipeline(seed: int = 0, t5: bool = False, **scheduler: Any) -> Any:
     """An SD3-shaped pipeline (two projecting CLIPs, shift 3); without ``t5`` its third text encoder is None."""
-    tokenizer, t5_config = clip_tokenizer(), None
-    t5_tokens = t5_tokenizer() if t5 else None
-    if t5_tokens is not None:
-        t5_config = T5Config(vocab_size=len(t5_tokens), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    tokenizer, t5_tokens = clip_tokenizer(), t5_tokenizer() if t5 else None
     with seeded(seed):
         pipe = StableDiffusion3Pipeline(
             transformer=_transformer(32),
@@ -170,7 +176,7 @@ def sd3_pipeline(seed: int = 0, t5: bool = False, **scheduler: Any) -> Any:
             tokenizer=tokenizer,
             text_encoder_2=CLIPTextModelWithProjection(_clip_config(8, tokenizer)),
             tokenizer_2=clip_tokenizer(),
-            text_encoder_3=None if t5_config is None else T5EncoderModel(t5_config),
+            text_encoder_3=None if t5_tokens is None else _t5(t5_tokens),
             tokenizer_3=t5_tokens,
         )
     return _quiet(pipe)
@@ -182,6 +188,109 @@ def _quiet(pipe: Any) -> Any:
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipe
+
+
+def lcm_pipeline(seed: int = 0, **scheduler: Any) -> Any:
+    """``sd_pipeline`` as a latent consistency model: LCM's scheduler, and a UNet that takes guidance as an input."""
+    tokenizer = clip_tokenizer()
+    with seeded(seed):
+        pipe = LatentConsistencyModelPipeline(
+            vae=_vae(0.18215, None),
+            text_encoder=CLIPTextModel(_clip_config(16, tokenizer)),
+            tokenizer=tokenizer,
+            unet=_unet(time_cond_proj_dim=8),
+            scheduler=LCMScheduler(**scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _quiet(pipe)
+
+
+def sdxl_pipeline(seed: int = 0, zeros: bool = True, unet: dict[str, Any] | None = None, **scheduler: Any) -> Any:
+    """An SDXL-shaped pipeline with a DDIM scheduler; ``zeros``: its empty prompt is zeros."""
+    tokenizer = clip_tokenizer()
+    told = dict(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+        cross_attention_dim=16 + 8,
+    )
+    with seeded(seed):
+        pipe = StableDiffusionXLPipeline(
+            vae=_vae(0.13025, None),
+            text_encoder=CLIPTextModel(_clip_config(16, tokenizer)),
+            text_encoder_2=CLIPTextModelWithProjection(_clip_config(8, tokenizer)),
+            tokenizer=tokenizer,
+            tokenizer_2=clip_tokenizer(),
+            unet=_unet(**{**told, **(unet or {})}),
+            scheduler=DDIMScheduler(**{**SD_SCHEDULER, **scheduler}),
+            force_zeros_for_empty_prompt=zeros,
+            add_watermarker=False,
+        )
+    return _quiet(pipe)
+
+
+def _t5(tokenizer: T5Tokenizer, width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+
+
+def flux_pipeline(seed: int = 0, guidance: bool = True, **scheduler: Any) -> Any:
+    """A FLUX.1-shaped pipeline: as dev, or without ``guidance`` as schnell. Its default image is 16 x 16."""
+    tokenizer, t5_tokens = clip_tokenizer(), t5_tokenizer()
+    usual = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {"shift": 1.0}
+    with seeded(seed):
+        pipe = FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                in_channels=4 * LATENT_SHAPE[0],
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                pooled_projection_dim=16,
+                guidance_embeds=guidance,
+                axes_dims_rope=(4, 4, 8),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(**{**usual, **scheduler}),
+            vae=_vae(0.3611, 0.1159),
+            text_encoder=CLIPTextModel(_clip_config(16, tokenizer)),
+            tokenizer=tokenizer,
+            text_encoder_2=_t5(t5_tokens),
+            tokenizer_2=t5_tokens,
+        )
+    pipe.default_sample_size = LATENT_SHAPE[1]
+    return _quiet(pipe)
+
+
+def pixart_pipeline(seed: int = 0, sigma: bool = False, **scheduler: Any) -> Any:
+    """A PixArt-shaped pipeline with a DDIM scheduler: alpha, which is told sizes, or ``sigma``, which is not.
+
+    The transformer of alpha is built for 256 x 256, as one that is told sizes has to be; ask for 16 x 16.
+    """
+    tokenizer = t5_tokenizer()
+    kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    with seeded(seed):
+        pipe = kind(
+            tokenizer=tokenizer,
+            text_encoder=_t5(tokenizer),
+            vae=_vae(0.18215, None),
+            transformer=PixArtTransformer2DModel(
+                sample_size=LATENT_SHAPE[1] if sigma else 128,
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=LATENT_SHAPE[0],
+                out_channels=2 * LATENT_SHAPE[0],
+                num_layers=2,
+                cross_attention_dim=24,
+                norm_num_groups=4,
+                caption_channels=32,
+            ),
+            scheduler=DDIMScheduler(**{**SD_SCHEDULER, "beta_schedule": "linear", "beta_start": 1e-4, **scheduler}),
+        )
+    return _quiet(pipe)
 
 
 def sd_folder(folder: str | Path, seed: int = 0, **scheduler: Any) -> Path:

@@ -19,6 +19,8 @@ from tropism.schedules import net_time
 Target = Literal["eps", "x0", "v", "flow"]
 Net = Callable[[Tensor, Tensor, Cond], Tensor]
 """net(x (B, ...), number (B,), cond) -> (B, ...); the number is ``net_time`` of the schedule."""
+TOLD = "told_guidance"
+"""The entry of cond (B,) from which a network that takes guidance as an input reads it (see ``takes_guidance``)."""
 
 
 def _known(target: str) -> None:
@@ -74,12 +76,17 @@ def consistent(x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Predictio
 
 @dataclass(frozen=True, eq=False)
 class NetDenoiser:
-    """A network as a Denoiser. ``dtype`` is what x is cast to before the network sees it; None leaves float32."""
+    """A network as a Denoiser. ``dtype`` is what x is cast to before the network sees it; None leaves float32.
+
+    ``takes_guidance`` says that the network was distilled from guided answers (2210.03142) and reads the scale from
+    cond[TOLD], or takes its default where there is none.
+    """
 
     net: Net
     schedule: Schedule
     target: Target
     dtype: torch.dtype | None = None
+    takes_guidance: bool = False
 
     def __post_init__(self) -> None:
         _known(self.target)
@@ -88,6 +95,11 @@ class NetDenoiser:
         """x (B, ...), t (B,). Raises ValueError for an eps network at alpha = 0."""
         output = self.net(x if self.dtype is None else x.to(self.dtype), net_time(self.schedule, t), cond)
         return to_prediction(self.target, self.schedule, output, x, t)
+
+
+def takes_guidance(denoiser: Denoiser) -> bool:
+    """Whether its network is told the guidance, instead of being asked twice."""
+    return bool(getattr(denoiser, "takes_guidance", False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +119,11 @@ class ConsistencyDenoiser:
     def schedule(self) -> Schedule:
         """The inner denoiser's."""
         return self.inner.schedule
+
+    @property
+    def takes_guidance(self) -> bool:
+        """As the inner denoiser."""
+        return takes_guidance(self.inner)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, ...), t (B,). Raises TypeError when the schedule has no net_time."""

@@ -1,7 +1,8 @@
 """Evaluation at equal seeds: the same prompts from the same noise, before and after, and how sure the difference is.
 
 Evaluation draws without chance: DDIM with eta 0, or Euler's method on a flow, with the default guidance and steps, from
-noise that belongs to (seed, number of the image) and not to the batch. So two evaluations differ by the model alone.
+noise that belongs to (seed, number of the image) and not to the batch. So two evaluations differ by the model alone. A
+consistency model draws noise at every hop; there that noise belongs to the image as well.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tropism.base import Kernel, Prompts, TextToImage, pick
+from tropism.base import Prompts, TextToImage, pick
 from tropism.data.prompts import PromptSet
 from tropism.health import check_finite_pictures
 from tropism.policy import Policy
 from tropism.processes import ALONE
 from tropism.randomness import normal, row_generators, row_seeds
 from tropism.rewards.composed import Weighted
-from tropism.samplers import DDIM, EulerODE
-from tropism.schedules import RectifiedFlow
+from tropism.samplers import solver
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -68,9 +68,7 @@ class Evaluation:
 
 def deterministic(model: TextToImage, steps: int, guidance: float | None = None, microbatch: int = 16) -> Policy:
     """The policy of evaluation: no chance after the first noise; guidance is the model's own unless given."""
-    flow = isinstance(model.denoiser.schedule, RectifiedFlow)
-    kernel: Kernel = EulerODE() if flow else DDIM(0.0)
-    return Policy(model, kernel, steps, guidance, microbatch=microbatch)
+    return Policy(model, solver(model.denoiser), steps, guidance, microbatch=microbatch)
 
 
 def first_images(prompts: PromptSet, count: int, per_prompt: int = 1) -> Prompts:
@@ -88,7 +86,7 @@ def draw_images(policy: Policy, text: Sequence[str], seed: int, numbers: Tensor 
     for rows in torch.arange(len(text)).split(policy.microbatch):
         generators = row_generators(seeds[rows])
         x = normal((len(rows), *policy.model.latent_shape), generators, policy.device)
-        yield policy.images([text[row] for row in rows.tolist()], torch.Generator(), x)
+        yield policy.images([text[row] for row in rows.tolist()], generators, x)
 
 
 @torch.no_grad()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, pick, take
+from tropism.denoisers import takes_guidance
 from tropism.guidance.cfg import Guided, Scale
+from tropism.guidance.told import Told
 from tropism.processes import ALONE, Processes
 from tropism.randomness import Randomness, normal, row_generators, row_seeds
 from tropism.samplers.chain import Move, walk
@@ -47,6 +49,8 @@ class Policy:
     def denoiser(self) -> Denoiser:
         """Guided."""
         scale = self.model.guidance_scale if self.guidance is None else self.guidance
+        if takes_guidance(self.model.denoiser):
+            return Told(self.model.denoiser, scale)
         return Guided(self.model.denoiser, self.model.null(), scale, self.detach_null)
 
     @property
@@ -71,17 +75,18 @@ class Policy:
     def draw(
         self,
         prompts: Sequence[str],
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         x: Tensor | None = None,
         finished: Finished | None = None,
     ) -> Tensor:
-        """Clean latents (B, ...), from x (B, ...) or fresh noise."""
-        own = row_generators(row_seeds(len(prompts), generator))
-        x = self.noise(len(prompts), own) if x is None else x
+        """Clean latents (B, ...), from x (B, ...) or fresh noise. One generator seeds every row's own."""
+        if generator is None or isinstance(generator, torch.Generator):
+            generator = row_generators(row_seeds(len(prompts), generator))
+        x = self.noise(len(prompts), generator) if x is None else x
         cond = self.model.encode(prompts)
         ends, mine = [], self.processes.share(torch.arange(len(prompts)))
         for rows in mine.split(self.microbatch):
-            *_, last = self.chain(x[rows], take(cond, rows), [own[row] for row in rows])
+            *_, last = self.chain(x[rows], take(cond, rows), [generator[row] for row in rows])
             ends.append(last.x_next)
             if finished is not None:
                 finished(rows, ends[-1])
@@ -92,9 +97,7 @@ class Policy:
         """Images (B, 3, H, W) in [0, 1], decoded by micro-batches."""
         return torch.cat([self.model.decode(part) for part in latents.split(self.microbatch)])
 
-    def images(
-        self, prompts: Sequence[str], generator: torch.Generator | None = None, x: Tensor | None = None
-    ) -> Tensor:
+    def images(self, prompts: Sequence[str], generator: Randomness = None, x: Tensor | None = None) -> Tensor:
         """``draw``, decoded."""
         return self.decode(self.draw(prompts, generator, x))
 

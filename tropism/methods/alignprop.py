@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, Kernel, Loss, Prediction, Prompts, Reward, TextToImage, bcast, pick, take
+from tropism.base import Cond, Denoiser, Loss, Prediction, Prompts, Reward, TextToImage, bcast, pick, take
 from tropism.explore import Exploration
 from tropism.methods.settings import ExploreSettings
 from tropism.policy import Policy, reward_statistics
 from tropism.randomness import row_generators, row_seeds
-from tropism.samplers import DDIM, EulerODE
-from tropism.schedules import RectifiedFlow
+from tropism.samplers import solver
 from tropism.windows import RandomCut, Span, Window
 
 
@@ -175,8 +174,6 @@ class Settings(ExploreSettings):
 
     def build(self, model: TextToImage, reward: Reward, generator: torch.Generator) -> AlignProp:
         """The method on this model. Raises NoGradient for a reward without one."""
-        flow = isinstance(model.denoiser.schedule, RectifiedFlow)
-        kernel: Kernel = EulerODE() if flow else DDIM(self.eta)
         explore = self.exploration()
-        policy = self.policy(model, kernel, explore)
+        policy = self.policy(model, solver(model.denoiser, self.eta), explore)
         return AlignProp(policy, reward, self.window(), self.minibatch, self.kl_weight, explore, generator)

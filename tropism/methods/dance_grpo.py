@@ -16,7 +16,7 @@ from tropism.base import Kernel, Reward, TextToImage
 from tropism.credit import group_relative
 from tropism.methods.ddpo import DDPO, build
 from tropism.methods.settings import PolicyGradientSettings
-from tropism.samplers import DDIM, ConstantSDE
+from tropism.samplers import ConstantSDE, solver
 from tropism.schedules import RectifiedFlow
 
 
@@ -41,5 +41,5 @@ class Settings(PolicyGradientSettings):
     def build(self, model: TextToImage, reward: Reward, generator: torch.Generator) -> DDPO:
         """The method on this model."""
         flow = isinstance(model.denoiser.schedule, RectifiedFlow)
-        kernel: Kernel = ConstantSDE(self.eta) if flow else DDIM(1.0)
+        kernel: Kernel = ConstantSDE(self.eta) if flow else solver(model.denoiser, 1.0)
         return build(self, model, reward, generator, kernel, group_relative, same_noise=self.same_noise)

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Kernel, Loss, Prompts, Reward, TextToImage, take
+from tropism.base import Cond, Loss, Prompts, Reward, TextToImage, take
 from tropism.denoisers import NetDenoiser, regression_target
 from tropism.methods.settings import MethodSettings
 from tropism.overlap import scored_draw
 from tropism.policy import Policy, reward_statistics
 from tropism.rollout import slices
-from tropism.samplers import DDIM, EulerODE
-from tropism.schedules import RectifiedFlow, add_noise
+from tropism.samplers import solver
+from tropism.schedules import add_noise
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """weigh(reward (B,), group (B,)) -> weight (B,) >= 0; 0 where there is no score."""
@@ -88,6 +88,11 @@ class RAFT:
     drop: float = 0.1
     generator: torch.Generator = field(default_factory=torch.Generator)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy.model.denoiser, NetDenoiser):
+            name = type(self.policy.model.denoiser).__name__
+            raise TypeError(f"RAFT regresses on a network's target and {name} has none; use ddpo or alignprop")
+
     def experience(self, batch: Prompts) -> Iterator[Iterator[Kept]]:
         """Samples, scores and weighs a batch, then yields what has weight, shuffled, in ``updates`` slices a pass, with
         fresh times and noise each pass."""
@@ -108,8 +113,7 @@ class RAFT:
     def loss(self, kept: Kept) -> Loss:
         """The denoising error in the network's own target, at uniform times, weighted."""
         denoiser = self.policy.model.denoiser
-        if not isinstance(denoiser, NetDenoiser):
-            raise TypeError(f"RAFT regresses on a network's target; {type(denoiser).__name__} has none")
+        assert isinstance(denoiser, NetDenoiser)  # see __post_init__
         noisy = add_noise(denoiser.schedule, kept.x0, kept.eps, kept.t)
         prediction = denoiser(noisy, kept.t, kept.cond)
         said = regression_target(denoiser.target, denoiser.schedule, prediction.x0, prediction.eps, kept.t)
@@ -165,7 +169,5 @@ class Settings(MethodSettings):
 
     def build(self, model: TextToImage, reward: Reward, generator: torch.Generator) -> RAFT:
         """The method on this model; it samples by ancestral steps, or a flow along the ODE."""
-        flow = isinstance(model.denoiser.schedule, RectifiedFlow)
-        kernel: Kernel = EulerODE() if flow else DDIM(1.0)
-        policy = self.policy(model, kernel)
+        policy = self.policy(model, solver(model.denoiser, 1.0))
         return RAFT(policy, reward, self.weigh(), self.minibatch, self.updates, self.epochs, self.drop, generator)

@@ -112,6 +112,8 @@ class PolicyGradientSettings(ExploreSettings):
     def check(self) -> None:
         """As ExploreSettings, and the ranges above."""
         super().check()
+        if self.inference_steps < 2:
+            raise ValueError("inference_steps is 1; wanted at least 2: the last move has no noise to learn from")
         if self.clip < 0 or self.kl_weight < 0:
             raise ValueError(f"clip is {self.clip} and kl_weight {self.kl_weight}; wanted 0 or more")
         if self.inner_epochs < 1 or self.updates < 1:

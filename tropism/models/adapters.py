@@ -65,13 +65,16 @@ class Lora:
         _check_free(self._net, part)
         _check_targets(self._net, config)
         with torch.random.fork_rng(devices=[]) if generator is not None else nullcontext():
-            self._net.add_adapter(config, adapter_name=ADAPTER)
+            self._add(config)
         self._net.eval()  # PEFT adds its layers in training mode
         self.parameters = [parameter for parameter in self._net.parameters() if parameter.requires_grad]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
         if generator is not None:
             self._draw(generator)
+
+    def _add(self, config: LoraConfig) -> None:
+        self._net.add_adapter(config, adapter_name=ADAPTER)
 
     @torch.no_grad()
     def _draw(self, generator: torch.Generator) -> None:
@@ -107,11 +110,13 @@ class Lora:
         if any(layer.disable_adapters for layer in layers):
             yield
             return
-        self._net.disable_adapters()
+        for layer in layers:
+            layer.enable_adapters(False)
         try:
             yield
         finally:
-            self._net.enable_adapters()
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def save(self, folder: Path) -> Path:
         """Writes ``folder/pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``, atomically."""
@@ -125,9 +130,17 @@ class Lora:
             os.replace(Path(temporary) / LORA_FILE, folder / LORA_FILE)
         return folder / LORA_FILE
 
+    @staticmethod
+    def read(folder: Path, part: str) -> tuple[dict[str, Tensor], LoraConfig]:
+        """Weights (PEFT names) and config of what ``save`` wrote. Raises ValueError in one sentence for anything else.
+
+        Also a LoRA that diffusers wrote is read, if its rank and alpha are in it.
+        """
+        return read_lora(folder, part)
+
     def load(self, folder: Path) -> None:
         """Continues from a saved LoRA. Raises ValueError, before any change, when it does not fit this one."""
-        weights, config = read_lora(folder, self._part)
+        weights, config = self.read(folder, self._part)
         for name, own, other in zip(("rank", "alpha", "targets"), _facts(self.config), _facts(config), strict=True):
             if own != other:
                 raise ValueError(f"the LoRA in {folder} has {name} {other}, this one {own}; add one like the saved")
@@ -184,7 +197,7 @@ class Full:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / self._part
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            self._net.save_pretrained(Path(temporary) / "new", safe_serialization=True)
+            self._write(Path(temporary) / "new")
             if final.exists():
                 os.replace(final, Path(temporary) / "old")
             os.replace(Path(temporary) / "new", final)
@@ -193,13 +206,20 @@ class Full:
     def load(self, folder: Path) -> None:
         """Continues from saved weights; the frozen copy stays. Raises ValueError, before any change, for a misfit."""
         source = folder / self._part
-        if not (source / "config.json").is_file():
+        if not source.is_dir():
             raise ValueError(f"{source} holds no network; wanted what save_adapter writes after train_full()")
-        saved = type(self._net).from_pretrained(source, use_safetensors=True).state_dict()
+        saved = self._read(source)
         own = self._net.state_dict()
         if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in own.items()}:
             raise ValueError(f"the network in {source} has other layers than this {self._part}; use its own model")
         self._net.load_state_dict(saved)
+
+    def _write(self, folder: Path) -> None:
+        self._net.save_pretrained(folder, safe_serialization=True)
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        saved: dict[str, Tensor] = type(self._net).from_pretrained(folder, use_safetensors=True).state_dict()
+        return saved
 
 
 def lora_config(rank: int, alpha: int | None, targets: Sequence[str]) -> LoraConfig:

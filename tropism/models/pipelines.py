@@ -10,16 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    LatentConsistencyModelPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors import SafetensorError, safe_open
 
+from tropism.models.flux import Flux
+from tropism.models.latent_consistency import LatentConsistency
 from tropism.models.latent_pipeline import LatentPipeline
+from tropism.models.pixart import PixArt
 from tropism.models.stable_diffusion import StableDiffusion
 from tropism.models.stable_diffusion_3 import StableDiffusion3
+from tropism.models.stable_diffusion_xl import StableDiffusionXL
 
 FAMILIES: Mapping[type[Any], type[LatentPipeline]] = {
     StableDiffusionPipeline: StableDiffusion,
+    LatentConsistencyModelPipeline: LatentConsistency,
+    StableDiffusionXLPipeline: StableDiffusionXL,
     StableDiffusion3Pipeline: StableDiffusion3,
+    FluxPipeline: Flux,
+    PixArtAlphaPipeline: PixArt,
+    PixArtSigmaPipeline: PixArt,
 }
 DEFAULTS_FILE = "tropism.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

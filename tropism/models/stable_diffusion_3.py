@@ -6,31 +6,19 @@ and so does this, because the pipeline itself encodes. On a CPU they are compute
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from torch import Tensor, nn
 
 from tropism.base import Cond
-from tropism.denoisers import NetDenoiser
+from tropism.models.flow_pipeline import FlowPipeline
 from tropism.models.joint_attention import equal_at_the_end, merges_context
-from tropism.models.latent_pipeline import LatentPipeline
-from tropism.schedules import RectifiedFlow, flow_grid
-
-UNSUPPORTED = (
-    "invert_sigmas",
-    "shift_terminal",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
+from tropism.models.latent_pipeline import ALL, About
+from tropism.schedules import flow_grid
 
 
-class StableDiffusion3(LatentPipeline):
+class StableDiffusion3(FlowPipeline):
     """``cond`` is {"prompt_embeds": (B, tokens, width), "pooled": (B, pooled width)}, in the text encoders' dtype."""
 
-    part = "transformer"
+    about = About("Stable Diffusion 3, 3.5", "flow (eps - x0)", "classifier-free", "28", ALL)
     default_guidance = 7.0
     default_steps = 28
     attention_targets = (
@@ -45,33 +33,9 @@ class StableDiffusion3(LatentPipeline):
     )
     feed_forward_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
-    @staticmethod
-    def check(pipe: Any) -> None:
-        """A scheduler that walks the straight path by Euler steps on shifted levels."""
-        config = pipe.scheduler.config
-        if type(pipe.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-            raise ValueError(
-                f"{type(pipe.scheduler).__name__} is not supported; wanted FlowMatchEulerDiscreteScheduler"
-            )
-        chosen = [name for name in UNSUPPORTED if config.get(name)]
-        if config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear":
-            chosen.append("time_shift_type")
-        if chosen:
-            raise ValueError(f"the scheduler config sets {chosen}; wanted levels shifted by shift or by image size")
-
-    def _build_denoiser(self) -> NetDenoiser:
-        config = self.pipe.scheduler.config
-        shift = math.exp(self._mu()) if config.get("use_dynamic_shifting") else float(self.pipe.scheduler.shift)
-        self._schedule = RectifiedFlow(shift, config.num_train_timesteps)
-        return NetDenoiser(self.net, self._schedule, "flow")
-
-    def _mu(self) -> float:
-        """The logarithm of the shift at this image size: linear in the number of patches between two anchors."""
-        config, patch = self.pipe.scheduler.config, self.pipe.transformer.config.patch_size
-        patches = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
-        return float(low + (high - low) * (patches - few) / (many - few))
+    def _patches(self) -> int:
+        patch = int(self.pipe.transformer.config.patch_size)
+        return (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
 
     def _predict(self, net: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
         context = cond["prompt_embeds"]

@@ -4,7 +4,19 @@ from tropism.samplers.chain import Move, walk
 from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
+from tropism.samplers.solver import solver
 from tropism.samplers.until import noise_until
 from tropism.samplers.widen import widen
 
-__all__ = ["DDIM", "Consistency", "ConstantSDE", "EulerODE", "FlowSDE", "Move", "noise_until", "walk", "widen"]
+__all__ = [
+    "DDIM",
+    "Consistency",
+    "ConstantSDE",
+    "EulerODE",
+    "FlowSDE",
+    "Move",
+    "noise_until",
+    "solver",
+    "walk",
+    "widen",
+]

@@ -1,0 +1,93 @@
+"""Every family: the same pictures as its own pipeline, and updates that plain diffusers (or PEFT) sees too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from families import MAIN, ROWS, Row, ours, theirs
+from peft import PeftModel
+
+from tropism import catalog
+from tropism.data.prompts import PromptSet
+from tropism.methods import alignprop, ddpo
+from tropism.models.latent_pipeline import LatentPipeline
+from tropism.plan import _try_one_move
+from tropism.rewards import as_reward
+from tropism.train import train
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_chain_is_that_of_the_pipeline(name: str) -> None:
+    row = ROWS[name]
+    model = row.model()
+    expected = theirs(row, model.pipe)
+    assert expected.std() > 0.02
+    torch.testing.assert_close(ours(row, model), expected, rtol=0, atol=1e-4)
+
+
+def updated(row: Row, settings: Any, full: bool = False) -> LatentPipeline:
+    """A model after one batch of two prompts, with a reward that prefers red; its parameters have moved."""
+    model = row.model()
+    if full:
+        model.train_full()
+    else:
+        model.add_lora(rank=2, alpha=4, generator=torch.Generator().manual_seed(0))
+    settings.check()
+    method = settings.build(model, as_reward(red, "red", True), torch.Generator().manual_seed(1))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    batch = PromptSet(tiny.PROMPTS).batch([0, 1], settings.images_per_prompt)
+    train(method, [batch], torch.optim.AdamW(model.parameters(), lr=settings.learning_rate), steps=1)
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    return model
+
+
+def red(images: torch.Tensor) -> torch.Tensor:
+    """The mean of the first channel less that of the others; differentiable."""
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+SMALL: dict[str, Any] = dict(inference_steps=3, prompts_per_step=2, images_per_prompt=2, learning_rate=2e-2)
+DDPO = ddpo.Settings(**SMALL, group_relative=True, updates=1)
+ALIGNPROP = alignprop.Settings(**SMALL)
+
+
+@pytest.mark.parametrize("settings", [DDPO, ALIGNPROP], ids=["ddpo", "alignprop"])
+@pytest.mark.parametrize("name", [*MAIN, "sdxl-lcm", "pixart-sigma"])
+def test_an_update_is_saved_and_means_the_same_elsewhere(name: str, settings: Any, tmp_path: Path) -> None:
+    row = ROWS[name]
+    model = updated(row, settings)
+    model.save_adapter(tmp_path)
+    plain = row.build()
+    base = theirs(row, plain)
+    if row.peft:
+        assert not hasattr(plain, "load_lora_weights")
+        plain.transformer = PeftModel.from_pretrained(plain.transformer, tmp_path)
+    else:
+        plain.load_lora_weights(tmp_path)
+    trained = theirs(row, plain)
+    assert (trained - base).abs().max() > 1e-3
+    torch.testing.assert_close(trained, ours(row, model), rtol=0, atol=1e-4)
+    again = row.model()
+    again.load_adapter(tmp_path)
+    assert torch.equal(ours(row, again), ours(row, model))
+    with model.reference():
+        torch.testing.assert_close(ours(row, model), base, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_methods_suit_as_the_table_says(name: str) -> None:
+    row, said = ROWS[name], ROWS[name].model().about.methods
+    for method in catalog.method_names():
+        settings = catalog.method_settings(method)(inference_steps=3)
+        assert (method in row.without) == (method in said)
+        if method not in row.without:
+            built = settings.build(row.model(), as_reward(red, "red", True), torch.Generator())
+            _try_one_move(built, tiny.PROMPTS[0])
+            continue
+        with pytest.raises((TypeError, ValueError)):
+            built = settings.build(row.model(), as_reward(red, "red", True), torch.Generator())
+            _try_one_move(built, tiny.PROMPTS[0])

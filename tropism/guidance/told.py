@@ -1,0 +1,30 @@
+"""Guidance that a network takes as an input: distilled models (Meng et al. 2022, 2210.03142; LCM, FLUX.1 dev)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropism.base import Cond, Denoiser, Prediction, Schedule
+from tropism.denoisers import TOLD
+from tropism.guidance.cfg import Scale, network_cond
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """A denoiser whose network is told w, in one pass of B rows; ``scale`` as in ``Guided``."""
+
+    inner: Denoiser
+    scale: float | Scale
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.inner.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,), cond rows (B, ...)."""
+        w = self.scale(t, cond) if callable(self.scale) else torch.full_like(t, self.scale)
+        return self.inner(x, t, {**network_cond(cond), TOLD: w})

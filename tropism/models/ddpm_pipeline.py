@@ -1,0 +1,79 @@
+"""What the pipelines on a DDPM table share: the table, its timesteps, and consistency models distilled on it.
+
+Whatever scheduler the pipeline carries, the noise table, the last level and the timesteps are that scheduler's (betas,
+spacing, offset, zero terminal SNR), but multistep solvers are not imitated: the chain is DDIM's. So with DDIM, Euler,
+or DPM-Solver++ of first order in the pipeline it is the pipeline's own. With ``LCMScheduler`` the network is a
+consistency model.
+
+Departures: between non-neighbouring timesteps ("linspace", or "trailing" with steps that do not divide the table)
+diffusers' DDIM steps to another level than it evaluates next, ``grid`` does not (see ``schedules.table_grid``). Euler's
+timesteps under "linspace" lie between entries of the table, here they are the nearest. Under "trailing" and "linspace"
+diffusers' Euler schedulers start from noise of a standard deviation 0.2 % below 1; here noise is standard normal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.base import Denoiser
+from tropism.denoisers import ConsistencyDenoiser, NetDenoiser, Target
+from tropism.models.latent_pipeline import LatentPipeline
+from tropism.schedules import DDPMTable, ladder_grid, table_grid
+
+TARGETS: dict[str, Target] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+ONE_MORE = ("DPMSolverMulti", "DPMSolverSingle", "UniPC", "DEIS", "SASolver")  # divide the table by steps + 1
+FEW_STEPS = 4  # of a consistency model, as diffusers' LCM pipeline
+
+
+class DDPMPipeline(LatentPipeline):
+    """A network for eps, v or x0 on a DDPM table."""
+
+    takes_guidance = False
+
+    @classmethod
+    def check(cls, pipe: Any) -> None:
+        """A scheduler with betas that does not clip latents, for a known prediction."""
+        scheduler = pipe.scheduler.config
+        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{type(pipe.scheduler).__name__} has no betas; wanted DDIM, PNDM or another DDPM scheduler"
+            )
+        if scheduler.get("prediction_type", "epsilon") not in TARGETS:
+            raise ValueError(f"prediction_type is {scheduler['prediction_type']!r}; wanted one of {', '.join(TARGETS)}")
+        if scheduler.get("clip_sample", False) or scheduler.get("thresholding", False):
+            raise ValueError("the scheduler clips latents; set clip_sample and thresholding to False in its config")
+
+    @property
+    def is_consistency(self) -> bool:
+        """Whether the network answers with the clean sample at once, as LCM's."""
+        return type(self.pipe.scheduler).__name__ == "LCMScheduler"
+
+    def _defaults(self) -> tuple[float, int]:
+        if not self.is_consistency:
+            return super()._defaults()
+        return (self.default_guidance if self.takes_guidance else 1.0), FEW_STEPS
+
+    def _build_denoiser(self) -> Denoiser:
+        scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config
+        table = scheduler.alphas_cumprod.float().clone().cpu()
+        last = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+        if config.get("final_sigmas_type", "zero") == "sigma_min":
+            last = float(table[0])
+        target = TARGETS[config.get("prediction_type", "epsilon")]
+        denoiser = NetDenoiser(self.net, DDPMTable(table, last), target, takes_guidance=self.takes_guidance)
+        return ConsistencyDenoiser(denoiser, float(config.timestep_scaling)) if self.is_consistency else denoiser
+
+    def grid(self, steps: int) -> Tensor:
+        """(steps + 1,) times of the scheduler's timesteps, then 0. Raises ValueError when they leave the table."""
+        config = self.pipe.scheduler.config
+        size, spacing = int(config.num_train_timesteps), config.get("timestep_spacing", "leading")
+        offset = config.get("steps_offset", 0) if spacing == "leading" else 0
+        if self.is_consistency:
+            return ladder_grid(size, steps, int(config.original_inference_steps))
+        if spacing != "trailing" and type(self.pipe.scheduler).__name__.startswith(ONE_MORE):
+            finer = table_grid(size, steps + 1, spacing, offset)
+            return torch.cat([finer[:-2], finer[-1:]])
+        return table_grid(size, steps, spacing, offset)
