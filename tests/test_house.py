@@ -135,8 +135,9 @@ def test_every_setting_is_explained(path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=name_of)
-def test_documented_code_runs(page: Path, tmp_path: Path) -> None:
-    """All python blocks of a page, one after another, as one file."""
+def test_documented_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All python blocks of a page, one after another, as one file, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "documented.py"
     file.write_text("\n".join(PYTHON.findall(page.read_text(encoding="utf-8"))), encoding="utf-8")
     found = runpy.run_path(str(file), run_name="documented")

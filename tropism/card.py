@@ -14,12 +14,12 @@ from tropism.catalog import SHIPPED
 from tropism.evaluate import interval, paired_gain
 
 if TYPE_CHECKING:
-    from tropism.models.latent_pipeline import LatentPipeline
+    from tropism.models.trainable import Trainable
     from tropism.plan import Plan
     from tropism.report import Outcome
 
 
-def render(plan: Plan, model: LatentPipeline, outcome: Outcome) -> str:
+def render(plan: Plan, model: Trainable, outcome: Outcome) -> str:
     """The whole text."""
     settings = plan.settings
     what = "All weights of the denoising network" if settings.full else "A LoRA"
@@ -73,23 +73,13 @@ def _header(plan: Plan) -> str:
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
 
 
-def _snippet(plan: Plan, model: LatentPipeline) -> str:
-    """How to draw with the result in plain diffusers."""
+def _snippet(plan: Plan, model: Trainable) -> str:
+    """How to draw with the result, in plain diffusers where that can be."""
     settings, prompt = plan.settings, plan.eval_prompts.text[0]
-    lines = ["from diffusers import DiffusionPipeline", ""]
-    base = repr(settings.model)
-    if settings.model in SHIPPED:
-        lines.insert(0, "from tropism.catalog import check_model")
-        base = f"check_model({settings.model!r})"
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({base})")
-    if settings.full:
-        kind = type(getattr(model.pipe, model.part)).__name__
-        lines[0:0] = [f"from diffusers import {kind}"]
-        lines.append(f'pipe.{model.part} = {kind}.from_pretrained("adapter/{model.part}")')
-    else:
-        lines.append('pipe.load_lora_weights("adapter")  # the folder beside this file')
-    call = f"{prompt!r}, num_inference_steps={model.steps}, guidance_scale={model.guidance_scale:g}"
-    lines.append(f'pipe({call}).images[0].save("image.png")')
+    shipped = settings.model in SHIPPED
+    base = f"check_model({settings.model!r})" if shipped else repr(settings.model)
+    lines = model.use(base, "adapter", settings.full, prompt)
+    lines[0:0] = ["from tropism.catalog import check_model"] if shipped else []
     return "```python\n" + "\n".join(lines) + "\n```\n"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tropism.base import Reward
     from tropism.data.prompts import PromptSet
-    from tropism.models.latent_pipeline import LatentPipeline
+    from tropism.models.trainable import Trainable
 
 PACKAGE = Path(__file__).parent
 WEIGHTS = PACKAGE / "worlds" / "scenes" / "weights"
@@ -60,7 +60,12 @@ def method_settings(name: str) -> type[Any]:
 
 
 def check_model(name: str) -> str | Path:
-    """The folder or hub name behind a name. Raises BadInput for a folder without a pipeline and for an unknown name."""
+    """The folder, hub name or function behind a name; a function is imported, not called. Raises BadInput for a folder
+    without a pipeline and for an unknown name."""
+    if _is_function(name):
+        module, _, function = name.rpartition(":")
+        load_function(module, function, "model")
+        return name
     if name in SHIPPED:
         folder = WEIGHTS / SHIPPED[name]
         if not (folder / "model_index.json").is_file():
@@ -73,19 +78,42 @@ def check_model(name: str) -> str | Path:
         return folder
     if not HUB_NAME.fullmatch(name) or name.startswith((".", "/", "~")):
         raise BadInput(
-            f"there is no model {name!r}; wanted {', '.join(SHIPPED)}, a folder, or a hub name (owner/model)"
+            f"there is no model {name!r}; wanted {', '.join(SHIPPED)}, a folder, a hub name (owner/model), or "
+            "MODULE:FUNCTION"
         )
     return name
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LatentPipeline:
-    """The pipeline of that name. Raises ValueError or OSError, in one sentence, when it cannot be loaded."""
+def _is_function(name: str) -> bool:
+    module, _, function = name.rpartition(":")
+    return bool(module) and function.isidentifier() and not Path(name).expanduser().exists()
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device) -> Trainable:
+    """The model of that name. Raises ValueError or OSError, in one sentence, when it cannot be loaded."""
     from tropism.models.quiet import quiet_libraries
 
     quiet_libraries()
+    if _is_function(name):
+        return _called(name).to(device, dtype)
     from tropism.models.pipelines import load_pipeline
 
     return load_pipeline(check_model(name), dtype, device)
+
+
+def _called(name: str) -> Trainable:
+    """What the user's function returns. Raises BadInput when it fails, or returns anything but a model."""
+    from tropism.models.trainable import Trainable
+
+    module, _, function = name.rpartition(":")
+    call = load_function(module, function, "model")
+    try:
+        made = call()
+    except Exception as error:
+        raise BadInput(f"model is {name}, which raised {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(made, Trainable):
+        raise BadInput(f"model is {name}, which returned a {type(made).__name__}; wanted an OwnModel or a pipeline")
+    return made
 
 
 # Prompts.

@@ -26,7 +26,7 @@ from tropism.sums import check_seal, seal
 
 if TYPE_CHECKING:
     from tropism.ema import Ema
-    from tropism.models.latent_pipeline import LatentPipeline
+    from tropism.models.trainable import Trainable
 
 KEPT = 2
 OLD = ".old"  # within a temporary folder: what a checkpoint that is whole replaces
@@ -35,7 +35,7 @@ OLD = ".old"  # within a temporary folder: what a checkpoint that is whole repla
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: LatentPipeline,
+    model: Trainable,
     optimizer: torch.optim.Optimizer,
     method: Any,
     ema: Ema | None = None,
@@ -69,7 +69,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: LatentPipeline, optimizer: torch.optim.Optimizer, method: Any, ema: Ema | None = None
+    folder: Path, model: Trainable, optimizer: torch.optim.Optimizer, method: Any, ema: Ema | None = None
 ) -> dict[str, Any]:
     """Puts everything back as it was at ``save_checkpoint`` and returns its ``run``, with the ``step``.
 

@@ -23,7 +23,7 @@ from tropism.report import Outcome, in_words, summary
 from tropism.run import execute
 
 if TYPE_CHECKING:
-    from tropism.models.latent_pipeline import LatentPipeline
+    from tropism.models.trainable import Trainable
     from tropism.policy import Policy
 
 
@@ -99,7 +99,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     return found
 
 
-def _load(settings: PickSettings) -> tuple[LatentPipeline, Policy]:
+def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
     """The model with its adapter, and the policy of evaluation."""
     catalog.check_model(settings.model)
     adapter = None if settings.adapter is None else _adapter(settings.adapter)
@@ -126,7 +126,7 @@ def _adapter(name: str) -> Path:
     return folder
 
 
-def _guidance(settings: PickSettings, model: LatentPipeline) -> float:
+def _guidance(settings: PickSettings, model: Trainable) -> float:
     return model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
 
 
@@ -136,7 +136,7 @@ def _slug(text: str) -> str:
 
 def _facts(
     settings: EvalSettings,
-    model: LatentPipeline,
+    model: Trainable,
     policy: Policy,
     prompts: str,
     base: Evaluation,

@@ -48,6 +48,8 @@ class DeviceSettings(PlaceSettings):
 
     mixed_precision: Precision = "no"
     """Number format of the frozen base model (no is float32); a LoRA is float32 always."""
+    vae_slicing: bool = False
+    """Decode one image at a time: less memory."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class TrainSettings(HealthSettings):
     """Settings of every training run, whatever the method."""
 
     model: str = "scenes"
-    """scenes, scenes-sd, scenes-flow, a folder with a diffusers pipeline, or a hub name (owner/model)."""
+    """scenes, scenes-sd, scenes-flow, a folder of diffusers, a hub name (owner/model), or MODULE:FUNCTION."""
     reward: list[str] = field(default_factory=list)
     """One or more of NAME, NAME:SOURCE or MODULE:FUNCTION, each with =WEIGHT if wanted; none: the model's own."""
     reward_cache: str | None = None
@@ -120,6 +122,10 @@ class TrainSettings(HealthSettings):
     """Decay of an average of the trained weights, which is what is evaluated and saved; 0: no average."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
+    drop_text_encoders: bool = False
+    """Encode all prompts once, then free the text encoders: less memory."""
+    reward_device: str | None = None
+    """Where rewards compute, such as cpu beside a model on a GPU; none: with the model."""
     resume: str | None = None
     """A run's folder, one of its checkpoints, or latest: go on with that run, in its folder, with its settings."""
     report_to: str = "none"
@@ -144,7 +150,7 @@ class PickSettings(DeviceSettings):
     """Which model draws, and how."""
 
     model: str = "scenes"
-    """scenes, scenes-sd, scenes-flow, a folder with a diffusers pipeline, or a hub name (owner/model)."""
+    """scenes, scenes-sd, scenes-flow, a folder of diffusers, a hub name (owner/model), or MODULE:FUNCTION."""
     adapter: str | None = None
     """Folder of a run, of its adapter or of a checkpoint; none: the model as it is."""
     seed: int = 0

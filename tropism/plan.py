@@ -21,13 +21,13 @@ from tropism.health import Watched
 from tropism.log import check_trackers
 from tropism.processes import ALONE, Processes, join
 from tropism.resume import check_same, find_run
-from tropism.rewards import RewardError, ScoredReward, Weighted, check_scores
+from tropism.rewards import Elsewhere, RewardError, ScoredReward, Weighted, check_scores
 from tropism.watching import PROMPTS, REPEATS, TAKEN, Evaluator
 
 if TYPE_CHECKING:
     from tropism.base import Prompts, Reward
     from tropism.ema import Ema
-    from tropism.models.latent_pipeline import LatentPipeline
+    from tropism.models.trainable import Trainable
 
 T = TypeVar("T")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +45,7 @@ class Plan:
     prompts: PromptSet
     eval_prompts: PromptSet
     device: torch.device
+    reward_device: torch.device
     trackers: Sequence[str]
     out: Path
     resume: Path | None = None  # the checkpoint to go on from
@@ -55,7 +56,7 @@ class Plan:
 class Bench:
     """What a run works with, loaded."""
 
-    model: LatentPipeline
+    model: Trainable
     reward: Weighted  # trained on
     method: Any
     optimizer: torch.optim.Optimizer
@@ -97,6 +98,7 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
         prompts=catalog.read_prompt_set(prompts),
         eval_prompts=catalog.read_prompt_set(held_out, "eval_prompts"),
         device=device,
+        reward_device=usable(settings.reward_device, "reward_device") if settings.reward_device else device,
         trackers=trackers,
         out=out,
         resume=checkpoint,
@@ -134,7 +136,7 @@ def check_best_by(name: str | None, trained: Sequence[RewardSpec], held_out: Seq
 def _places(method: str, settings: TrainSettings, method_settings: Any) -> tuple[Path, Path | None]:
     """(the run's folder, the checkpoint to go on from). Raises BadInput."""
     if settings.resume is None:
-        return check_out(settings.out, f"{method}-{Path(settings.model).name}"), None
+        return check_out(settings.out, f"{method}-{Path(settings.model).name.replace(':', '-')}"), None
     run, checkpoint = find_run(settings.resume, method)
     if settings.out is not None and Path(settings.out).expanduser().resolve() != run.resolve():
         raise BadInput(f"out is {settings.out}, but a run goes on in its own folder, {run}; leave out out")
@@ -152,16 +154,21 @@ def given(value: T | None, name: str, model: str) -> T:
 
 def check_device(settings: PlaceSettings) -> torch.device:
     """The device to use; also sets the number of threads. Raises BadInput for one that is not there."""
-    name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInput(f"device is {name}, which torch cannot use here; wanted cpu, or a GPU such as cuda") from error
+    device = usable(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"), "device")
     if device.type == "cpu" and getattr(settings, "mixed_precision", "no") == "fp16":
         raise BadInput("mixed_precision is fp16; wanted no or bf16 on a processor: fp16 is for GPUs")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    return device
+
+
+def usable(name: str, field: str) -> torch.device:
+    """The device of that name. Raises BadInput for one that is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"{field} is {name}, which torch cannot use here; wanted cpu, or a GPU such as cuda") from error
     return device
 
 
@@ -211,10 +218,13 @@ def as_bad_input(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
 # Loading, and one try.
 
 
-def load(name: str, settings: DeviceSettings, device: torch.device) -> LatentPipeline:
+def load(name: str, settings: DeviceSettings, device: torch.device) -> Trainable:
     """The model of that name. Raises BadInput when it cannot be loaded."""
     with as_bad_input(ValueError, OSError, ImportError):
-        return catalog.load_model(name, DTYPES[settings.mixed_precision], device)
+        model = catalog.load_model(name, DTYPES[settings.mixed_precision], device)
+        if settings.vae_slicing:
+            model.enable_vae_slicing()
+        return model
 
 
 def set_up(plan: Plan) -> Bench:
@@ -229,8 +239,10 @@ def set_up(plan: Plan) -> Bench:
             model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, generator=generator)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if settings.drop_text_encoders:
+            model.drop_text_encoders([*plan.prompts.text, *plan.eval_prompts.text])
     specs = [*plan.rewards, *plan.held_out]
-    judged = build_rewards(specs, settings.model, model, plan.prompts, plan.device, settings.reward_cache)
+    judged = build_rewards(specs, settings.model, model, plan.prompts, plan.reward_device, settings.reward_cache)
     names = {spec.name: each.name for spec, (each, _) in zip(specs, judged.rewards, strict=True)}
     reward = Weighted(judged.rewards[: len(plan.rewards)], name=judged.name)
     watched = Watched(reward)
@@ -258,7 +270,7 @@ def _evaluator(plan: Plan, model: LatentPipeline, judged: Weighted) -> Evaluator
 def build_rewards(
     specs: Sequence[RewardSpec],
     name: str,
-    model: LatentPipeline,
+    model: Trainable,
     prompts: PromptSet,
     device: torch.device,
     cache: str | None = None,
@@ -268,12 +280,13 @@ def build_rewards(
     with as_bad_input(RewardError, OSError, ImportError):
         rewards = [catalog.build_reward(spec, name, device) for spec in specs]
         with torch.no_grad():
-            shape = model.decode(torch.zeros(1, *model.latent_shape, device=device)).shape[1:]
+            shape = model.decode(torch.zeros(1, *model.latent_shape, device=model.device)).shape[1:]
         noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         pair = prompts.batch([0, 1 % len(prompts)], 1)
         tried = [try_reward(reward, noise, pair) for reward in rewards]
         if cache is not None:
             tried = [catalog.cached(reward, spec, name, cache) for reward, spec in zip(tried, specs, strict=True)]
+        tried = tried if device == model.device else [Elsewhere(reward, device) for reward in tried]
         weighted = [(reward, spec.weight) for reward, spec in zip(tried, specs, strict=True)]
         counted = [each.name if weight == 1 else f"{weight:g} {each.name}" for each, weight in weighted if weight]
         return Weighted(weighted, name=" + ".join(counted))
@@ -302,7 +315,7 @@ def _try_one_move(method: Any, prompt: str) -> None:
         next(iter(policy.chain(policy.noise(1, generator), policy.model.encode([prompt]), generator)))
 
 
-def _ema(model: LatentPipeline, decay: float) -> Ema | None:
+def _ema(model: Trainable, decay: float) -> Ema | None:
     from tropism.ema import Ema
 
     return Ema(model.parameters(), decay) if decay else None

@@ -13,7 +13,7 @@ from tropism.base import Denoiser
 from tropism.models.adapters import Trained
 from tropism.models.onednn import twin, twin_pays
 from tropism.models.phrases import token_phrases
-from tropism.models.trainable import Trainable
+from tropism.models.trainable import Trainable, clamped
 
 
 class About(NamedTuple):
@@ -136,8 +136,7 @@ class LatentPipeline(Trainable):
         """
         scaled = self._decode_input(latents).to(self.pipe.vae.dtype)
         image = self.pipe.vae.decode(scaled, return_dict=False)[0]
-        clamped: Tensor = _ClampForward.apply(image.float() * 0.5 + 0.5)  # type: ignore[no-untyped-call]
-        return clamped
+        return clamped(image.float() * 0.5 + 0.5)
 
     # Memory.
 
@@ -160,8 +159,14 @@ class LatentPipeline(Trainable):
             if name.startswith("text_encoder"):
                 setattr(self.pipe, name, None)
 
-    def use(self, base: str, adapter: str, full: bool) -> list[str]:
-        """Lines of Python that draw with what was trained, in plain diffusers (and PEFT)."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> LatentPipeline:
+        """The whole pipeline there."""
+        self.pipe.to(device, dtype)
+        self._dtype, self._twins = dtype, {}
+        return self
+
+    def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
+        """Lines of Python that draw ``prompt`` in plain diffusers (and PEFT)."""
         kind = type(self.pipe.components[self.part]).__name__
         lines = ["from diffusers import DiffusionPipeline", "", f"pipe = DiffusionPipeline.from_pretrained({base})"]
         if full:
@@ -172,16 +177,5 @@ class LatentPipeline(Trainable):
         else:
             lines.insert(1, "from peft import PeftModel")
             lines.append(f'pipe.{self.part} = PeftModel.from_pretrained(pipe.{self.part}, "{adapter}")')
-        return lines
-
-
-class _ClampForward(torch.autograd.Function):
-    """clamp(x, 0, 1) whose derivative is 1 everywhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+        call = f"{prompt!r}, num_inference_steps={self.steps}, guidance_scale={self.guidance_scale:g}"
+        return [*lines, f'pipe({call}).images[0].save("image.png")']

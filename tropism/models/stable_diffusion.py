@@ -41,7 +41,7 @@ class StableDiffusion(DDPMPipeline):
         if unet.in_channels != pipe.vae.config.latent_channels:
             raise ValueError(
                 f"the unet takes {unet.in_channels} channels; wanted the vae's {pipe.vae.config.latent_channels}, "
-                "for text to image (inpainting and editing models take a picture as well)"
+                "as for text to image (inpainting and editing models take a picture as well)"
             )
         told = unet.get("class_embed_type") or unet.get("encoder_hid_dim_type") or unet.get("addition_embed_type")
         if told != cls.added:

@@ -87,8 +87,15 @@ class Trainable(ABC):
         """Decodes one image at a time."""
 
     @abstractmethod
-    def use(self, base: str, adapter: str, full: bool) -> list[str]:
-        """Lines of Python that load what was trained, without tropism where that is possible."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> Trainable:
+        """The same model, there and in that format; before anything is trained."""
+
+    @abstractmethod
+    def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
+        """Lines of Python that draw ``prompt`` with what was trained, without tropism where that is possible.
+
+        ``base`` is the expression that names the model, ``adapter`` the folder of what was trained.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +106,8 @@ class Trainable(ABC):
         """x (B, ...), tau (B,) -> the network's raw output (B, ...), float32, as trained so far."""
         trained = self._trained
         dtype = self._dtype if trained is None else trained.dtype
-        rows = {name: value if name == TOLD else value.to(dtype) for name, value in cond.items()}
+        exact = {name for name, value in cond.items() if name == TOLD or not value.is_floating_point()}
+        rows = {name: value if name in exact else value.to(dtype) for name, value in cond.items()}
         with nullcontext() if trained is None else trained.precision():
             return self._predict(self._network(), x.to(dtype), tau, rows).float()
 
@@ -237,3 +245,21 @@ class Trainable(ABC):
             self._train(kind(self.pipe, self.part, kind.read(Path(folder), self.part)[1]))
         assert self._trained is not None
         self._trained.load(Path(folder))
+
+
+def clamped(images: Tensor) -> Tensor:
+    """clamp(images, 0, 1) whose derivative is 1 everywhere."""
+    answer: Tensor = _ClampForward.apply(images)  # type: ignore[no-untyped-call]
+    return answer
+
+
+class _ClampForward(torch.autograd.Function):
+    """clamp(x, 0, 1) whose derivative is 1 everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]

@@ -4,7 +4,7 @@ Nothing here imports transformers or diffusers; rewards that hold a CLIP are in 
 """
 
 from .callables import ScoredReward, as_reward
-from .composed import Hinge, Negated, Weighted
+from .composed import Elsewhere, Hinge, Negated, Weighted
 from .preprocess import Preprocess
 from .programmatic import (
     PROGRAMMATIC,
@@ -24,6 +24,7 @@ __all__ = [
     "PROGRAMMATIC",
     "SMOOTH",
     "STATISTICS",
+    "Elsewhere",
     "Hinge",
     "JpegCompressibility",
     "JpegIncompressibility",

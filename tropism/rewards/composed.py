@@ -90,6 +90,19 @@ class Negated:
         return -self.reward(samples, prompts, **columns)
 
 
+class Elsewhere:
+    """A reward that computes on a device of its own; scores, and gradients, come back to that of the samples."""
+
+    def __init__(self, reward: Reward, device: torch.device) -> None:
+        self.reward, self.device = reward, device
+        self.name, self.differentiable = reward.name, reward.differentiable
+
+    def __call__(self, samples: Any, prompts: Sequence[str], **columns: Any) -> Tensor:
+        if not isinstance(samples, Tensor):
+            return self.reward(samples, prompts, **columns)
+        return self.reward(samples.to(self.device), prompts, **columns).to(samples.device)
+
+
 def _spread(values: Tensor) -> Tensor:
     """The scale () that a part is divided by; see ``Weighted``."""
     present = values.detach()[~values.detach().isnan()]

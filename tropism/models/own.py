@@ -1,0 +1,135 @@
+"""A network of one's own, as any other model: it is sampled, trained, saved and drawn with by the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tropism.base import Cond
+from tropism.denoisers import NetDenoiser, Target
+from tropism.models.trainable import Trainable, clamped
+from tropism.schedules import DDPMTable, NetSchedule, RectifiedFlow, flow_grid, table_grid
+
+Encode = Callable[[list[str]], Mapping[str, Tensor]]
+"""B prompts -> tensors of B rows each, which the network gets by name."""
+
+
+class OwnModel(Trainable):
+    """``network(x, tau, **encode(prompts))`` says ``target`` on ``schedule``; ``decode`` makes images of the last x.
+
+    ``shape`` is that of one x, ``decode`` returns (B, 3, H, W), which is clamped to [0, 1]. Without a ``schedule`` it
+    is the straight path (rectified flow) and tau is the time itself, from 1 (noise) to 0. ``grid(steps)`` are the times
+    of a chain, (steps + 1,); none: even levels of a flow, trailing timesteps of a DDPM table, even times of another.
+
+    The network is put in evaluation mode and frozen, until ``add_lora`` (all linear layers unless told otherwise) or
+    ``train_full``. A LoRA is saved in PEFT's format, all weights as a state dictionary, both as safetensors.
+    """
+
+    part = "network"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        encode: Encode,
+        decode: Callable[[Tensor], Tensor],
+        shape: Sequence[int],
+        *,
+        target: Target = "flow",
+        schedule: NetSchedule | None = None,
+        grid: Callable[[int], Tensor] | None = None,
+        guidance_scale: float = 1.0,
+        steps: int = 20,
+        negative_prompt: str = "",
+    ) -> None:
+        network.eval().requires_grad_(False)
+        super().__init__(SimpleNamespace(network=network))
+        self.latent_shape, self.steps, self.negative_prompt = tuple(shape), steps, negative_prompt
+        self._own_encode: Encode | None = encode
+        self._own_decode, self._own_grid, self._guidance_scale = decode, grid, guidance_scale
+        self._schedule = RectifiedFlow(num_train_timesteps=1) if schedule is None else schedule
+        self._checkpointing = self._slicing = False
+        self.denoiser = NetDenoiser(self.net, self._schedule, target)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The default; 1 is no guidance."""
+        return self._guidance_scale
+
+    @property
+    def attention_targets(self) -> list[str]:
+        """Every linear layer, or where there is none every convolution. Raises ValueError for a network without."""
+        for kind in (nn.Linear, nn.Conv2d):
+            names = [name for name, layer in self._net.named_modules() if isinstance(layer, kind)]
+            if names:
+                return names
+        raise ValueError(f"{type(self._net).__name__} has no linear or convolution layer for a LoRA; train it in full")
+
+    def _predict(self, net: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
+        answer: Tensor
+        if self._checkpointing and torch.is_grad_enabled():
+            answer = checkpoint(lambda x, tau: net(x, tau, **cond), x, tau, use_reentrant=False)
+        else:
+            answer = net(x, tau, **cond)
+        return answer
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        assert self._own_encode is not None
+        rows = dict(self._own_encode(prompts))
+        wrong = {name: tuple(value.shape) for name, value in rows.items() if len(value) != len(prompts)}
+        if wrong or not rows:
+            raise ValueError(f"encode gave {wrong or 'nothing'} for {len(prompts)} prompts; wanted one row each")
+        return rows
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, *shape) -> images (B, 3, H, W) in [0, 1], float32; keeps the graph, also of what is clamped."""
+        parts = latents.split(1) if self._slicing else [latents]
+        return clamped(torch.cat([self._own_decode(part) for part in parts]).float())
+
+    def grid(self, steps: int) -> Tensor:
+        """(steps + 1,) decreasing times from noise to 0, float32."""
+        if self._own_grid is not None:
+            return self._own_grid(steps)
+        if isinstance(self._schedule, RectifiedFlow):
+            return flow_grid(steps, self._schedule.shift, 1 / steps)
+        if isinstance(self._schedule, DDPMTable):
+            return table_grid(self._schedule.size, steps, "trailing")
+        return torch.linspace(1, 0, steps + 1)
+
+    def phrases(self, prompts: Sequence[str]) -> Tensor:
+        """Raises ValueError: nobody said which of the network's inputs are words."""
+        raise ValueError("a network of one's own does not say which tokens make a phrase; leave explore_weights at 1 1")
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> OwnModel:
+        """The network there; what ``encode`` and ``decode`` hold is their own affair."""
+        self._net.to(device, dtype)
+        self._dtype = dtype
+        return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Computes the network again in the backward pass."""
+        self._checkpointing = True
+
+    def enable_vae_slicing(self) -> None:
+        """Decodes one image at a time."""
+        self._slicing = True
+
+    def _forget_encoders(self) -> None:
+        self._own_encode = None
+
+    def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
+        """Lines of Python that draw ``prompt``."""
+        return [
+            "import torch",
+            "",
+            "from tropism.catalog import load_model",
+            "from tropism.evaluate import deterministic",
+            "",
+            f'model = load_model({base}, torch.float32, torch.device("cpu"))',
+            *(["model.train_full()"] if full else []),
+            f'model.load_adapter("{adapter}")  # the folder beside this file',
+            f"images = deterministic(model, model.steps).images([{prompt!r}])  # (1, 3, H, W) in [0, 1]",
+        ]
