@@ -22,7 +22,7 @@ class Row:
     """``guidance`` is None for the pipeline's default; ``call`` are further arguments of ``pipe(...)``."""
 
     build: Callable[[], Any]
-    steps: int = 6
+    steps: int = 4
     guidance: float | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ("flow-grpo",)  # methods that do not suit

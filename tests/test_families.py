@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from tropism import catalog
 from tropism.data.prompts import PromptSet
+from tropism.evaluate import deterministic, draw_images
 from tropism.methods import alignprop, ddpo
 from tropism.models.latent_pipeline import LatentPipeline
 from tropism.plan import _try_one_move
@@ -78,16 +79,47 @@ def test_an_update_is_saved_and_means_the_same_elsewhere(name: str, settings: An
         torch.testing.assert_close(ours(row, model), base, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lcm", "sdxl", "flux-dev", "pixart-alpha"])
+def test_all_the_weights_mean_the_same_elsewhere(name: str, tmp_path: Path) -> None:
+    row = ROWS[name]
+    model = updated(row, ALIGNPROP, full=True)
+    folder, plain = model.save_adapter(tmp_path), row.build()
+    base = theirs(row, plain)
+    setattr(plain, model.part, type(getattr(plain, model.part)).from_pretrained(folder))
+    assert (theirs(row, plain) - base).abs().max() > 1e-3
+    torch.testing.assert_close(theirs(row, plain), ours(row, model), rtol=0, atol=1e-4)
+    with model.reference():
+        torch.testing.assert_close(ours(row, model), base, rtol=0, atol=1e-4)
+
+
+def test_evaluation_of_a_consistency_model_does_not_depend_on_its_batches() -> None:
+    model = ROWS["lcm"].model()
+    text = [*tiny.PROMPTS, "a green hill"]
+    drawn = [torch.cat(list(draw_images(deterministic(model, 3, None, size), text, 5))) for size in (1, 3)]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-5)
+    other = torch.cat(list(draw_images(deterministic(model, 3), text, 6)))
+    assert (other - drawn[0]).abs().flatten(1).amax(1).min() > 1e-2
+
+
+def test_a_decoder_that_overflows_in_float16_decodes_in_float32() -> None:
+    exact, half = ROWS["sdxl"].model(), ROWS["sdxl"].model().to(torch.device("cpu"), torch.float16)
+    assert half.pipe.vae.dtype == torch.float16 and half.pipe.vae.config.force_upcast
+    with torch.no_grad():
+        torch.testing.assert_close(half.decode(tiny.noise(2)), exact.decode(tiny.noise(2)), rtol=0, atol=2e-3)
+    assert half.pipe.vae.dtype == torch.float32 and half.pipe.unet.dtype == torch.float16
+
+
 @pytest.mark.parametrize("name", MAIN)
 def test_methods_suit_as_the_table_says(name: str) -> None:
-    row, said = ROWS[name], ROWS[name].model().about.methods
+    row, model = ROWS[name], ROWS[name].model()
+    said = model.about.methods
     for method in catalog.method_names():
         settings = catalog.method_settings(method)(inference_steps=3)
         assert (method in row.without) == (method in said)
         if method not in row.without:
-            built = settings.build(row.model(), as_reward(red, "red", True), torch.Generator())
+            built = settings.build(model, as_reward(red, "red", True), torch.Generator())
             _try_one_move(built, tiny.PROMPTS[0])
             continue
         with pytest.raises((TypeError, ValueError)):
-            built = settings.build(row.model(), as_reward(red, "red", True), torch.Generator())
+            built = settings.build(model, as_reward(red, "red", True), torch.Generator())
             _try_one_move(built, tiny.PROMPTS[0])

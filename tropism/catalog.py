@@ -89,16 +89,45 @@ def _is_function(name: str) -> bool:
     return bool(module) and function.isidentifier() and not Path(name).expanduser().exists()
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device) -> Trainable:
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device, image_size: tuple[int, int] | None = None
+) -> Trainable:
     """The model of that name. Raises ValueError or OSError, in one sentence, when it cannot be loaded."""
     from tropism.models.quiet import quiet_libraries
 
     quiet_libraries()
     if _is_function(name):
+        if image_size is not None:
+            raise BadInput(f"image_size is {image_size}, but {name} decides the size itself; leave image_size out")
         return _called(name).to(device, dtype)
     from tropism.models.pipelines import load_pipeline
 
-    return load_pipeline(check_model(name), dtype, device)
+    return load_pipeline(check_model(name), dtype, device, image_size=image_size)
+
+
+def families() -> list[tuple[str, ...]]:
+    """The table of model families, its head first."""
+    from tropism.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    from tropism.models.describe import rows
+
+    return rows()
+
+
+def describe_model(name: str) -> dict[str, str]:
+    """What a model is, without its weights. Raises ValueError or OSError, in one sentence, for none and for what is
+    not supported."""
+    from tropism.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    from tropism.models.describe import describe, described
+    from tropism.models.pipelines import hub_index
+
+    found = check_model(name)
+    if _is_function(name):
+        return described(_called(name))
+    return describe(found) if isinstance(found, Path) else describe(found, hub_index(found))
 
 
 def _called(name: str) -> Trainable:

@@ -85,6 +85,13 @@ COMMANDS: Mapping[str, Command] = {
         "Compare runs: a table here, and one HTML file with curves, pictures and the settings that differ.",
         "runs",
     ),
+    "models": Command(
+        "config:ModelsSettings",
+        "families:run_models",
+        "list the model families, or say what a model is",
+        "The families of models and what each can; with MODEL (a name, a folder, MODULE:FUNCTION) what that one is.",
+        "model",
+    ),
 }
 SHARED, OWN = "settings of every run", "settings of {}"
 PRESET = "demo.yaml"

@@ -48,8 +48,16 @@ class DeviceSettings(PlaceSettings):
 
     mixed_precision: Precision = "no"
     """Number format of the frozen base model (no is float32); a LoRA is float32 always."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels; none: the model's own."""
     vae_slicing: bool = False
     """Decode one image at a time: less memory."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        super().check()
+        size = self.image_size
+        require(size is None or min(size) >= 1, "image_size", size, "a height and a width, such as 512 512, or none")
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,14 @@ class EvalSettings(PickSettings):
         super().check()
         require(self.images >= 2, "images", self.images, "at least 2, and 64 for a useful interval")
         require(self.out is None or self.out.endswith(".json"), "out", self.out, "a .json file")
+
+
+@dataclass(frozen=True)
+class ModelsSettings:
+    """Settings of ``tropism models``."""
+
+    model: str | None = None
+    """As in training: say what it is; none: list the families."""
 
 
 @dataclass(frozen=True)

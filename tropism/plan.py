@@ -221,7 +221,7 @@ def as_bad_input(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
 def load(name: str, settings: DeviceSettings, device: torch.device) -> Trainable:
     """The model of that name. Raises BadInput when it cannot be loaded."""
     with as_bad_input(ValueError, OSError, ImportError):
-        model = catalog.load_model(name, DTYPES[settings.mixed_precision], device)
+        model = catalog.load_model(name, DTYPES[settings.mixed_precision], device, settings.image_size)
         if settings.vae_slicing:
             model.enable_vae_slicing()
         return model

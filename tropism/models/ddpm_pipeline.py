@@ -25,13 +25,17 @@ from tropism.schedules import DDPMTable, ladder_grid, table_grid
 
 TARGETS: dict[str, Target] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 ONE_MORE = ("DPMSolverMulti", "DPMSolverSingle", "UniPC", "DEIS", "SASolver")  # divide the table by steps + 1
+LCM = "LCMScheduler"
 FEW_STEPS = 4  # of a consistency model, as diffusers' LCM pipeline
+
+
+def is_consistency(pipe: Any) -> bool:
+    """Whether the network answers with the clean sample at once, as LCM's."""
+    return type(pipe.scheduler).__name__ == LCM
 
 
 class DDPMPipeline(LatentPipeline):
     """A network for eps, v or x0 on a DDPM table."""
-
-    takes_guidance = False
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -46,15 +50,12 @@ class DDPMPipeline(LatentPipeline):
         if scheduler.get("clip_sample", False) or scheduler.get("thresholding", False):
             raise ValueError("the scheduler clips latents; set clip_sample and thresholding to False in its config")
 
-    @property
-    def is_consistency(self) -> bool:
-        """Whether the network answers with the clean sample at once, as LCM's."""
-        return type(self.pipe.scheduler).__name__ == "LCMScheduler"
-
-    def _defaults(self) -> tuple[float, int]:
-        if not self.is_consistency:
-            return super()._defaults()
-        return (self.default_guidance if self.takes_guidance else 1.0), FEW_STEPS
+    @classmethod
+    def defaults(cls, pipe: Any) -> tuple[float, int]:
+        """As the pipeline; few steps of a consistency model, guided only if it takes guidance."""
+        if not is_consistency(pipe):
+            return super().defaults(pipe)
+        return (cls.default_guidance if cls.takes_guidance(pipe) else 1.0), FEW_STEPS
 
     def _build_denoiser(self) -> Denoiser:
         scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config
@@ -63,15 +64,15 @@ class DDPMPipeline(LatentPipeline):
         if config.get("final_sigmas_type", "zero") == "sigma_min":
             last = float(table[0])
         target = TARGETS[config.get("prediction_type", "epsilon")]
-        denoiser = NetDenoiser(self.net, DDPMTable(table, last), target, takes_guidance=self.takes_guidance)
-        return ConsistencyDenoiser(denoiser, float(config.timestep_scaling)) if self.is_consistency else denoiser
+        denoiser = NetDenoiser(self.net, DDPMTable(table, last), target, takes_guidance=self.takes_guidance(self.pipe))
+        return ConsistencyDenoiser(denoiser, float(config.timestep_scaling)) if is_consistency(self.pipe) else denoiser
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) times of the scheduler's timesteps, then 0. Raises ValueError when they leave the table."""
         config = self.pipe.scheduler.config
         size, spacing = int(config.num_train_timesteps), config.get("timestep_spacing", "leading")
         offset = config.get("steps_offset", 0) if spacing == "leading" else 0
-        if self.is_consistency:
+        if is_consistency(self.pipe):
             return ladder_grid(size, steps, int(config.original_inference_steps))
         if spacing != "trailing" and type(self.pipe.scheduler).__name__.startswith(ONE_MORE):
             finer = table_grid(size, steps + 1, spacing, offset)

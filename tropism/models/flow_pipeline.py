@@ -25,7 +25,6 @@ class FlowPipeline(LatentPipeline):
     """A transformer for eps - x0."""
 
     part = "transformer"
-    takes_guidance = False
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -49,7 +48,7 @@ class FlowPipeline(LatentPipeline):
         config = self.pipe.scheduler.config
         shift = math.exp(self._mu()) if config.get("use_dynamic_shifting") else float(self.pipe.scheduler.shift)
         self._schedule = RectifiedFlow(shift, config.num_train_timesteps)
-        return NetDenoiser(self.net, self._schedule, "flow", takes_guidance=self.takes_guidance)
+        return NetDenoiser(self.net, self._schedule, "flow", takes_guidance=self.takes_guidance(self.pipe))
 
     def _mu(self) -> float:
         """The logarithm of the shift at this image size: linear in the number of patches between two anchors."""

@@ -52,13 +52,15 @@ class Flux(FlowPipeline):
             )
         super().check(pipe)
 
-    @property
-    def takes_guidance(self) -> bool:  # type: ignore[override] # a fact of the pipeline here
-        """Whether the transformer is told the guidance."""
-        return bool(self.pipe.transformer.config.guidance_embeds)
+    @classmethod
+    def takes_guidance(cls, pipe: Any) -> bool:
+        """Whether the transformer is told the guidance, as dev's."""
+        return bool(pipe.transformer.config.guidance_embeds)
 
-    def _defaults(self) -> tuple[float, int]:
-        return super()._defaults() if self.takes_guidance else (1.0, 4)
+    @classmethod
+    def defaults(cls, pipe: Any) -> tuple[float, int]:
+        """As the pipeline; of schnell as it was published."""
+        return super().defaults(pipe) if cls.takes_guidance(pipe) else (1.0, 4)
 
     def _latent_shape(self, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         usual = int(self.pipe.default_sample_size)
@@ -73,7 +75,7 @@ class Flux(FlowPipeline):
         patches: Tensor = net(
             hidden_states=F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2),
             timestep=tau / self._schedule.num_train_timesteps,
-            guidance=told if self.takes_guidance else None,
+            guidance=told if self.takes_guidance(self.pipe) else None,
             pooled_projections=cond["pooled"],
             encoder_hidden_states=cond["prompt_embeds"],
             txt_ids=x.new_zeros(cond["prompt_embeds"].shape[1], 3),

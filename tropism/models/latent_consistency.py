@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tropism.models.ddpm_pipeline import FEW_STEPS
+from tropism.models.ddpm_pipeline import FEW_STEPS, is_consistency
 from tropism.models.latent_pipeline import About
 from tropism.models.stable_diffusion import StableDiffusion
 
@@ -31,7 +31,7 @@ class LatentConsistency(StableDiffusion):
     def check(cls, pipe: Any) -> None:
         """As Stable Diffusion, with the scheduler and the input of an LCM."""
         super().check(pipe)
-        if type(pipe.scheduler).__name__ != "LCMScheduler":
+        if not is_consistency(pipe):
             raise ValueError(f"{type(pipe.scheduler).__name__} does not sample consistency models; wanted LCMScheduler")
         if pipe.unet.config.get("time_cond_proj_dim") is None:
             raise ValueError(

@@ -61,7 +61,7 @@ class LatentPipeline(Trainable):
         self.check(pipe)
         super().__init__(pipe)
         self.onednn = onednn
-        usual_guidance, usual_steps = self._defaults()
+        usual_guidance, usual_steps = self.defaults(pipe)
         self.steps = usual_steps if steps is None else steps
         self.negative_prompt = negative_prompt
         self._guidance_scale = usual_guidance if guidance_scale is None else guidance_scale
@@ -82,9 +82,15 @@ class LatentPipeline(Trainable):
     @abstractmethod
     def _build_denoiser(self) -> Denoiser: ...
 
-    def _defaults(self) -> tuple[float, int]:
+    @classmethod
+    def takes_guidance(cls, pipe: Any) -> bool:
+        """Whether the network is told the guidance, instead of being asked twice."""
+        return False
+
+    @classmethod
+    def defaults(cls, pipe: Any) -> tuple[float, int]:
         """Guidance and steps of the pipeline when it is not told any."""
-        return self.default_guidance, self.default_steps
+        return cls.default_guidance, cls.default_steps
 
     def _decode_input(self, latents: Tensor) -> Tensor:
         return latents / float(self.pipe.vae.config.scaling_factor)

@@ -26,6 +26,7 @@ from tropism.models.flux import Flux
 from tropism.models.latent_consistency import LatentConsistency
 from tropism.models.latent_pipeline import LatentPipeline
 from tropism.models.pixart import PixArt
+from tropism.models.sketch import sketch
 from tropism.models.stable_diffusion import StableDiffusion
 from tropism.models.stable_diffusion_3 import StableDiffusion3
 from tropism.models.stable_diffusion_xl import StableDiffusionXL
@@ -38,6 +39,10 @@ FAMILIES: Mapping[type[Any], type[LatentPipeline]] = {
     FluxPipeline: Flux,
     PixArtAlphaPipeline: PixArt,
     PixArtSigmaPipeline: PixArt,
+}
+FEW_STEPS: Mapping[str, Mapping[str, float]] = {  # on the hub, where no file says so
+    "stabilityai/sd-turbo": {"guidance_scale": 1.0, "steps": 1},
+    "stabilityai/sdxl-turbo": {"guidance_scale": 1.0, "steps": 1},
 }
 DEFAULTS_FILE = "tropism.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -66,19 +71,22 @@ def load_pipeline(
     folder = Path(name_or_path)
     local = folder.exists()
     if local:
-        index = _read_index(folder)
+        index = read_index(folder)
     elif HUB_NAME.fullmatch(str(name_or_path)):
-        index = _hub_index(str(name_or_path))
+        index = hub_index(str(name_or_path))
     else:
         raise ValueError(
             f"there is no folder {name_or_path}; give a folder with a model_index.json or a hub name (owner/model)"
         )
-    kind = _family(str(index.get("_class_name")), str(name_or_path))
+    kind = pipeline_class(str(index.get("_class_name")), str(name_or_path))
     absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
     options = {**absent, **from_pretrained}
-    defaults = read_defaults(folder) if local else {}
+    defaults = read_defaults(folder) if local else FEW_STEPS.get(str(name_or_path), {})
     if local:
-        _check_parts(folder, {name: value for name, value in index.items() if name not in options})
+        parts = {name: value for name, value in index.items() if name not in options}
+        _check_parts(folder, parts)
+        if not from_pretrained:
+            FAMILIES[kind].check(sketch(folder, index))
     pipe = kind.from_pretrained(str(name_or_path), dtype=dtype, use_safetensors=True, local_files_only=local, **options)
     return wrap_pipeline(
         pipe.to(device),
@@ -100,7 +108,7 @@ def wrap_pipeline(
     onednn: bool = True,
 ) -> LatentPipeline:
     """The same for a pipeline that is loaded already; it becomes ``.pipe``. Raises ValueError for an unknown family."""
-    kind = FAMILIES[_family(type(pipe).__name__, "this pipeline")]
+    kind = FAMILIES[pipeline_class(type(pipe).__name__, "this pipeline")]
     return kind(
         pipe,
         guidance_scale=guidance_scale,
@@ -116,7 +124,7 @@ def read_defaults(folder: Path) -> dict[str, float]:
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return {}
-    content = _read_json(file)
+    content = read_json(file)
     wrong = sorted(set(content) - {"guidance_scale", "steps"})
     if wrong:
         raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale and steps only")
@@ -128,7 +136,8 @@ def read_defaults(folder: Path) -> dict[str, float]:
     return content
 
 
-def _family(name: str, where: str) -> type[Any]:
+def pipeline_class(name: str, where: str) -> type[Any]:
+    """The class of diffusers that is called so. Raises ValueError for one that is of no family."""
     for kind in FAMILIES:
         if kind.__name__ == name:
             return kind
@@ -136,7 +145,8 @@ def _family(name: str, where: str) -> type[Any]:
     raise ValueError(f"{where} is a {name}; wanted one of {known} (another family needs a file in tropism/models)")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for anything else."""
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -146,15 +156,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """What ``model_index.json`` says. Raises ValueError where there is none."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; wanted a folder: convert it by from_single_file and save_pretrained")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; wanted what a diffusers pipeline's save_pretrained writes")
-    return _read_json(folder / "model_index.json")
+    return read_json(folder / "model_index.json")
 
 
-def _hub_index(name: str) -> dict[str, Any]:
+def hub_index(name: str) -> dict[str, Any]:
+    """The model_index.json of a hub name. Raises ValueError where there is none."""
     try:
         return dict(DiffusionPipeline.load_config(name))
     except (OSError, ValueError) as error:

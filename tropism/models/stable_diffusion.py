@@ -48,17 +48,17 @@ class StableDiffusion(DDPMPipeline):
             raise ValueError(f"the unet is told {told} besides the prompt; wanted {cls.added or 'nothing'}")
         super().check(pipe)
 
-    @property
-    def takes_guidance(self) -> bool:  # type: ignore[override] # a fact of the pipeline here
-        """Whether the UNet is told the guidance instead of being asked twice."""
-        return self.pipe.unet.config.get("time_cond_proj_dim") is not None
+    @classmethod
+    def takes_guidance(cls, pipe: Any) -> bool:
+        """Whether the UNet is told the guidance, as LCM's."""
+        return pipe.unet.config.get("time_cond_proj_dim") is not None
 
     def _predict(self, net: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
         output: Tensor = net(
             x,
             tau,
             encoder_hidden_states=cond["prompt_embeds"],
-            timestep_cond=self._guidance(x, cond) if self.takes_guidance else None,
+            timestep_cond=self._guidance(x, cond) if self.takes_guidance(self.pipe) else None,
             added_cond_kwargs=self._added(x, cond),
             return_dict=False,
         )[0]

@@ -36,11 +36,6 @@ class StableDiffusionXL(StableDiffusion):
                 f"the unet is told {found} numbers besides the prompt; wanted {wanted}, as SDXL's base model"
             )
 
-    def __init__(self, pipe: Any, **options: Any) -> None:
-        super().__init__(pipe, **options)
-        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:  # it overflows
-            pipe.vae.to(torch.float32)
-
     def _added(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
         factor = self.pipe.vae_scale_factor
         height, width = x.shape[2] * factor, x.shape[3] * factor
@@ -59,6 +54,12 @@ class StableDiffusionXL(StableDiffusion):
         if self.negative_prompt or not self.pipe.config.force_zeros_for_empty_prompt:
             return row
         return {name: torch.zeros_like(value) for name, value in row.items()}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As every pipeline; a decoder that overflows in float16 becomes float32 here, and stays it."""
+        if self.pipe.vae.dtype == torch.float16 and self.pipe.vae.config.force_upcast:
+            self.pipe.vae.to(torch.float32)
+        return super().decode(latents)
 
     def _decode_input(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
