@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tiny
 import torch
 from families import MAIN, ROWS, Row, ours, theirs
 from peft import PeftModel
+from small_run import refused, said, train_words
 
 from tropism import catalog
 from tropism.data.prompts import PromptSet
@@ -123,3 +125,31 @@ def test_methods_suit_as_the_table_says(name: str) -> None:
         with pytest.raises((TypeError, ValueError)):
             built = settings.build(model, as_reward(red, "red", True), torch.Generator())
             _try_one_move(built, tiny.PROMPTS[0])
+
+
+@pytest.mark.parametrize("name", ["lcm", "flux-dev", "pixart-sigma"])
+def test_the_command_trains_and_draws(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ROWS[name].build().save_pretrained("model")
+    Path("model/tropism.json").write_text(json.dumps({"steps": 2}))
+    Path("prompts.txt").write_text("\n".join(tiny.PROMPTS))
+    size = {"image_size": ["16", "16"], "drop_text_encoders": ""}
+    result = said(train_words(out="run", eval_every="0", learning_rate="2e-2", steps="1", **size), capsys)
+    assert result.code == 0, result.err
+    drawn = []
+    for adapter in ([], ["--adapter", "run"]):
+        words = ["sample", "--model", "model", "--prompt", tiny.PROMPTS[0], "--image-size", "16", "16", *adapter]
+        assert said([*words, "--out", f"{len(adapter)}.png"], capsys).code == 0
+        drawn.append(Path(f"{len(adapter)}.png").read_bytes())
+    assert drawn[0] != drawn[1]
+    card = Path("run/README.md").read_text()
+    assert "height=16, width=16" in card and ("PeftModel.from_pretrained" in card) == ROWS[name].peft
+
+
+def test_a_size_that_is_no_whole_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.flux_pipeline().save_pretrained(tmp_path / "model")
+    words = train_words(model=str(tmp_path / "model"), prompts="scenes:4", image_size=["18", "16"])
+    assert "image_size (18, 16) must be two positive multiples of 4 pixels" in refused(words, capsys)
+    assert "image_size is (0, 16); wanted" in refused(train_words(image_size=["0", "16"]), capsys)

@@ -69,7 +69,7 @@ class LatentPipeline(Trainable):
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.eval().requires_grad_(False)
-        self.latent_shape = self._latent_shape(image_size)
+        self.image_size, self.latent_shape = image_size, self._latent_shape(image_size)
         self.denoiser = self._build_denoiser()
 
     # What a family adds.
@@ -184,4 +184,6 @@ class LatentPipeline(Trainable):
             lines.insert(1, "from peft import PeftModel")
             lines.append(f'pipe.{self.part} = PeftModel.from_pretrained(pipe.{self.part}, "{adapter}")')
         call = f"{prompt!r}, num_inference_steps={self.steps}, guidance_scale={self.guidance_scale:g}"
+        if self.image_size is not None:
+            call += f", height={self.image_size[0]}, width={self.image_size[1]}"
         return [*lines, f'pipe({call}).images[0].save("image.png")']
