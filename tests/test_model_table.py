@@ -14,7 +14,13 @@ from families import schnell, with_scheduler
 from small_run import said
 
 from tropism import catalog, families
+from tropism.base import Cond
+from tropism.data.prompts import PromptSet
+from tropism.denoisers import TOLD
+from tropism.guidance import Told, step
+from tropism.methods import raft
 from tropism.models.pipelines import FAMILIES, load_pipeline, wrap_pipeline
+from tropism.rewards import PROGRAMMATIC
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -143,9 +149,6 @@ def test_kontext_is_no_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_guidance_that_is_told_reaches_the_network_by_row() -> None:
-    from tropism.base import Cond
-    from tropism.guidance import Told, step
-
     for build in (tiny.lcm_pipeline, tiny.flux_pipeline):
         model = wrap_pipeline(build())
         x, t = tiny.noise(2), torch.tensor([0.9, 0.3])
@@ -159,3 +162,17 @@ def test_guidance_that_is_told_reaches_the_network_by_row() -> None:
         assert (low.eps - usual.eps).abs().flatten(1).amax(1).min() > 1e-4
         torch.testing.assert_close(explored.eps[0], low.eps[0])
         torch.testing.assert_close(explored.eps[1], usual.eps[1])
+
+
+def test_raft_fits_a_network_at_the_guidance_that_it_was_sampled_with() -> None:
+    model = wrap_pipeline(tiny.flux_pipeline())
+    model.add_lora(rank=1)
+    settings = raft.Settings(inference_steps=2, images_per_prompt=4, guidance_scale=1.5, drop=0.5)
+    method = settings.build(model, PROGRAMMATIC["brightness"](), torch.Generator().manual_seed(0))
+    batch = PromptSet(tiny.PROMPTS).batch([0, 1], 4)
+    kept = [part for update in method.experience(batch) for part in update]
+    assert all((part.cond[TOLD] == 1.5).all() for part in kept) and method.loss(kept[0]).total.isfinite()
+    plain = raft.Settings(inference_steps=2).build(
+        wrap_pipeline(tiny.sd_pipeline()), PROGRAMMATIC["brightness"](), torch.Generator()
+    )
+    assert TOLD not in plain.policy.told(plain.policy.model.null())

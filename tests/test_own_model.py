@@ -80,6 +80,13 @@ def test_a_run_of_it_goes_on_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> 
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+def test_the_command_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    result = said(["models", OWN["model"]], capsys)
+    assert result.code == 0
+    for fact in ("OwnModel of Network", "flow", "3 x 32 x 32", "10 steps, guidance 1", "on 1 layers"):
+        assert fact in result.out
+
+
 def test_refusals_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     def sentence(model: str) -> str:
         return refused(train_words(model=model), capsys)
@@ -87,6 +94,9 @@ def test_refusals_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "my_model.py has no bild; did you mean build?" in sentence("my_model.py:bild")
     assert "there is no such file" in sentence("other.py:build")
     assert "returned a int; wanted an OwnModel or a pipeline" in sentence("my_model.py:wrong")
+    assert "image_size is (8, 8), but my_model.py:build decides" in refused(
+        train_words(model=OWN["model"], image_size=["8", "8"]), capsys
+    )
     assert "my_model.py:broken, which raised ZeroDivisionError: division by zero" in sentence("my_model.py:broken")
 
 

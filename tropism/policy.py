@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, pick, take
-from tropism.denoisers import takes_guidance
+from tropism.denoisers import TOLD, takes_guidance
 from tropism.guidance.cfg import Guided, Scale
 from tropism.guidance.told import Told
 from tropism.processes import ALONE, Processes
@@ -52,6 +52,14 @@ class Policy:
         if takes_guidance(self.model.denoiser):
             return Told(self.model.denoiser, scale)
         return Guided(self.model.denoiser, self.model.null(), scale, self.detach_null)
+
+    def told(self, cond: Cond) -> Cond:
+        """cond (B rows) as the unguided denoiser wants it: with the guidance, if its network takes one number of it."""
+        scale = self.model.guidance_scale if self.guidance is None else self.guidance
+        if callable(scale) or not takes_guidance(self.model.denoiser):
+            return cond
+        some = next(iter(cond.values()))
+        return {**cond, TOLD: torch.full((len(some),), float(scale), device=some.device)}
 
     @property
     def ts(self) -> Tensor:

@@ -101,7 +101,7 @@ class RAFT:
         weight = self.weigh(reward.cpu(), batch.group)
         rows = weight.nonzero().flatten()
         latents, weight = latents[rows], weight[rows].to(latents)
-        cond = take(self.policy.model.encode(batch.text), rows)
+        cond = take(self.policy.told(self.policy.model.encode(batch.text)), rows)
         for _ in range(self.epochs):
             t = (0.001 + 0.999 * torch.rand(len(rows), generator=self.generator)).to(latents.device)
             eps = self.policy.noise(len(rows), self.generator)
@@ -124,7 +124,7 @@ class RAFT:
 
     def _dropped(self, cond: Cond, count: int) -> dict[str, Tensor]:
         """Some rows without their prompt, so that guidance keeps its meaning."""
-        null = self.policy.model.null()
+        null = self.policy.told(self.policy.model.null())
         dropped = torch.rand(count, generator=self.generator) < self.drop
         rows = {}
         for name, value in cond.items():

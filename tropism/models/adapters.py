@@ -206,8 +206,6 @@ class Full:
     def load(self, folder: Path) -> None:
         """Continues from saved weights; the frozen copy stays. Raises ValueError, before any change, for a misfit."""
         source = folder / self._part
-        if not source.is_dir():
-            raise ValueError(f"{source} holds no network; wanted what save_adapter writes after train_full()")
         saved = self._read(source)
         own = self._net.state_dict()
         if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in own.items()}:
@@ -218,6 +216,8 @@ class Full:
         self._net.save_pretrained(folder, safe_serialization=True)
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds no network; wanted what save_adapter writes after train_full()")
         saved: dict[str, Tensor] = type(self._net).from_pretrained(folder, use_safetensors=True).state_dict()
         return saved
 

@@ -9,7 +9,7 @@ from typing import Any
 from tropism.models.ddpm_pipeline import LCM
 from tropism.models.latent_consistency import LatentConsistency
 from tropism.models.latent_pipeline import LatentPipeline
-from tropism.models.pipelines import FAMILIES, FEW_STEPS, pipeline_class, read_defaults, read_index
+from tropism.models.pipelines import DISTILLED, FAMILIES, pipeline_class, read_defaults, read_index
 from tropism.models.sketch import sketch
 from tropism.models.trainable import Trainable
 
@@ -70,7 +70,7 @@ def _looked_at(folder: Path, index: Mapping[str, Any], family: type[LatentPipeli
 
 
 def _known(name: str, family: type[LatentPipeline]) -> dict[str, str]:
-    said = {"guidance_scale": family.default_guidance, "steps": family.default_steps, **FEW_STEPS.get(name, {})}
+    said = {"guidance_scale": family.default_guidance, "steps": family.default_steps, **DISTILLED.get(name, {})}
     return {"guidance": family.about.guidance, "defaults": _defaults(said["guidance_scale"], said["steps"])}
 
 

@@ -40,7 +40,7 @@ FAMILIES: Mapping[type[Any], type[LatentPipeline]] = {
     PixArtAlphaPipeline: PixArt,
     PixArtSigmaPipeline: PixArt,
 }
-FEW_STEPS: Mapping[str, Mapping[str, float]] = {  # on the hub, where no file says so
+DISTILLED: Mapping[str, Mapping[str, float]] = {  # on the hub, where no file says so
     "stabilityai/sd-turbo": {"guidance_scale": 1.0, "steps": 1},
     "stabilityai/sdxl-turbo": {"guidance_scale": 1.0, "steps": 1},
 }
@@ -81,7 +81,7 @@ def load_pipeline(
     kind = pipeline_class(str(index.get("_class_name")), str(name_or_path))
     absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
     options = {**absent, **from_pretrained}
-    defaults = read_defaults(folder) if local else FEW_STEPS.get(str(name_or_path), {})
+    defaults = read_defaults(folder) if local else DISTILLED.get(str(name_or_path), {})
     if local:
         parts = {name: value for name, value in index.items() if name not in options}
         _check_parts(folder, parts)

@@ -46,7 +46,7 @@ def _part(folder: Path, value: list[Any]) -> Any:
 def _defaults(kind: Any) -> dict[str, Any]:
     if kind is None:
         return {}
-    if hasattr(kind, "config_class") and kind.config_class is not None:
+    if getattr(kind, "config_class", None) is not None:
         return dict(kind.config_class().to_dict())
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
