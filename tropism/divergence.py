@@ -4,8 +4,8 @@ By the chain rule KL(p || q) of two Markov chains that start alike is the mean, 
 of KL(p's law of the next state || q's law of it). Each term is exact; only the states they are taken at are drawn.
 
 The chains are those of one stochastic kernel, whatever the method trained with (a deterministic one has no KL), so that
-the numbers of two methods compare: DDIM with eta 1, or on a flow Flow-GRPO's SDE with its noise level of 0.7, both with
-the model's default steps and guidance. A move without density (DDIM's to sigma = 0) adds nothing. Other steps or
+the numbers of two methods compare: DDIM with eta 1, on a flow Flow-GRPO's SDE with its noise level of 0.7, or the hops of a
+consistency model, with the model's default steps and guidance. A move without density (DDIM's to sigma = 0) adds nothing. Other steps or
 another kernel give other numbers: compare runs of one model.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from tropism.base import Kernel, TextToImage, take
 from tropism.policy import Policy
 from tropism.randomness import row_generators, row_seeds
-from tropism.samplers import DDIM, FlowSDE
+from tropism.samplers import FlowSDE, solver
 from tropism.schedules import RectifiedFlow
 
 NOISE_LEVEL = 0.7
@@ -28,7 +28,7 @@ NOISE_LEVEL = 0.7
 def stochastic(model: TextToImage, steps: int, microbatch: int = 16) -> Policy:
     """The policy that KL is measured with."""
     flow = isinstance(model.denoiser.schedule, RectifiedFlow)
-    kernel: Kernel = FlowSDE(NOISE_LEVEL) if flow else DDIM(1.0)
+    kernel: Kernel = FlowSDE(NOISE_LEVEL) if flow else solver(model.denoiser, 1.0)
     return Policy(model, kernel, steps, microbatch=microbatch)
 
 

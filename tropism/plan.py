@@ -259,7 +259,7 @@ def set_up(plan: Plan) -> Bench:
     return Bench(model, reward, method, optimizer, ema, watched, plan.processes, evaluator, f"eval_{best_by}")
 
 
-def _evaluator(plan: Plan, model: LatentPipeline, judged: Weighted) -> Evaluator:
+def _evaluator(plan: Plan, model: Trainable, judged: Weighted) -> Evaluator:
     settings, rows = plan.settings, plan.eval_prompts
     policy = deterministic(model, model.steps, None, plan.method_settings.sample_batch)
     policy = policy.with_(processes=plan.processes)
