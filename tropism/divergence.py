@@ -4,9 +4,9 @@ By the chain rule KL(p || q) of two Markov chains that start alike is the mean, 
 of KL(p's law of the next state || q's law of it). Each term is exact; only the states they are taken at are drawn.
 
 The chains are those of one stochastic kernel, whatever the method trained with (a deterministic one has no KL), so that
-the numbers of two methods compare: DDIM with eta 1, on a flow Flow-GRPO's SDE with its noise level of 0.7, or the hops of a
-consistency model, with the model's default steps and guidance. A move without density (DDIM's to sigma = 0) adds nothing. Other steps or
-another kernel give other numbers: compare runs of one model.
+the numbers of two methods compare: DDIM with eta 1, on a flow Flow-GRPO's SDE with its noise level of 0.7, or the hops
+of a consistency model, with the model's default steps and guidance. A move without density (DDIM's to sigma = 0) adds
+nothing. Other steps or another kernel give other numbers: compare runs of one model.
 """
 
 from __future__ import annotations
