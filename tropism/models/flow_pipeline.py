@@ -25,6 +25,16 @@ class FlowPipeline(LatentPipeline):
     """A transformer for eps - x0."""
 
     part = "transformer"
+    attention_targets = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
 
     @classmethod
     def check(cls, pipe: Any) -> None:

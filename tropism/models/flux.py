@@ -29,16 +29,6 @@ class Flux(FlowPipeline):
     about = About("FLUX.1 dev, schnell", "flow (eps - x0)", "an input (dev), none (schnell)", "28; schnell 4", ALL)
     default_guidance = 3.5
     default_steps = 28
-    attention_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
     feed_forward_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
 
     @classmethod

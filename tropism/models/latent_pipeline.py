@@ -33,10 +33,11 @@ ALL, NO_FLOW = "all", "all but flow-grpo"
 class LatentPipeline(Trainable):
     """A diffusers pipeline, in the words of ``base.TextToImage``.
 
-    ``pipe`` is the pipeline itself: nothing in it is replaced, its networks are put in evaluation mode (no dropout,
-    ever) and frozen; ``add_lora`` or ``train_full`` then says what is trained. ``guidance_scale`` and ``steps`` are the
-    defaults of the pipeline unless given. ``image_size`` is height and width in pixels, its own unless given, in
-    multiples of what one latent cell (or patch) covers. Device and dtype are chosen before, on the pipeline.
+    ``pipe`` is the pipeline itself: nothing in it is replaced (``drop_text_encoders`` takes those out, when asked), its
+    networks are put in evaluation mode (no dropout, ever) and frozen; ``add_lora`` or ``train_full`` then says what is
+    trained. ``guidance_scale`` and ``steps`` are the defaults of the pipeline unless given. ``image_size`` is height
+    and width in pixels, its own unless given, in multiples of what one latent cell (or patch) covers. Device and dtype
+    are chosen before, on the pipeline.
 
     On a CPU with AVX-512 the denoiser is a twin of the network (see ``models.onednn``) unless ``onednn`` is False: same
     tensors, results equal up to rounding, first-order gradients only. It is made at the first call, and attention

@@ -21,16 +21,6 @@ class StableDiffusion3(FlowPipeline):
     about = About("Stable Diffusion 3, 3.5", "flow (eps - x0)", "classifier-free", "28", ALL)
     default_guidance = 7.0
     default_steps = 28
-    attention_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
     feed_forward_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
     def _patches(self) -> int:
