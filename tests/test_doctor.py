@@ -52,7 +52,7 @@ def doctor(capsys: pytest.CaptureFixture[str], method: str = "ddpo", **changes: 
     assert "Traceback" not in result.out + result.err
     rows: dict[str, str] = {}
     for line in result.out.splitlines():
-        if line[:5].strip() in ("ok", "note", "FAIL"):
+        if line[:5].strip() in ("ok", "warn", "fail"):
             name = line.split()[1]
             rows[name] = line
         elif line.startswith(" ") and rows:
@@ -67,13 +67,13 @@ def test_a_correct_run_is_not_blamed(
     monkeypatch.chdir(small_place(tiny_sd3 if method in FLOW else tiny_sd, tmp_path))
     code, rows, error = doctor(capsys, method, eval_prompts="prompts.txt")
     assert code == 0 and not error, (rows, error)
-    assert not [row for row in rows.values() if row.startswith("FAIL")]
+    assert not [row for row in rows.values() if row.startswith("fail")]
     assert set(rows) == {
         *("settings", "geometry", "prompts", "pictures", "reward", "reference", "advantages", "update", "saving"),
         "time",
     }
     assert "2 prompts x 2 images = 4 images a step, each of 3 moves" in rows["geometry"]
-    assert rows["prompts"].startswith("note") and "3 of these in both" in rows["prompts"]
+    assert rows["prompts"].startswith("warn") and "3 of these in both" in rows["prompts"]
     if method in ("flow-grpo", "dance-grpo"):
         assert "sums of groups" in rows["advantages"]
 
@@ -168,7 +168,7 @@ def test_what_is_broken_is_named(
     spoil(place, monkeypatch)
     code, rows, error = doctor(capsys, **changes)
     assert code == 1 and "checks failed" in error and row in error, (rows, error)
-    assert rows[row].startswith("FAIL") and sentence in rows[row]
+    assert rows[row].startswith("fail") and sentence in rows[row]
 
 
 def test_alignprop_without_a_gradient(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +179,6 @@ def test_alignprop_without_a_gradient(place: Path, capsys: pytest.CaptureFixture
 def test_what_is_only_odd_is_noted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, rows, _ = doctor(capsys, reward="./more.py:chance", save_every="0", eval_every="0", steps="10000000")
     assert code == 0, rows
-    assert rows["reward"].startswith("note") and "others when asked again" in rows["reward"]
-    assert rows["time"].startswith("note") and "save_every is 0" in rows["time"]
+    assert rows["reward"].startswith("warn") and "others when asked again" in rows["reward"]
+    assert rows["time"].startswith("warn") and "save_every is 0" in rows["time"]
     assert abs(float(rows["update"].split("ratio 1 ")[1].split()[0])) < 1e-4

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,22 +32,12 @@ from tropism.health import Watched, blank, check_finite_pictures
 from tropism.log import clock
 from tropism.plan import Bench, Plan, make_plan, set_up
 from tropism.policy import reward_statistics
+from tropism.rewards.trial import Row, Verdict
 from tropism.train import NothingToLearn, Step, train
 
 GROUPS, ROWS = 4, 4  # prompts of the small batch, and images of each
 PICTURE_BYTES = 2**20  # of one evaluation, about
 LONG = 600.0  # seconds after which a run should save itself now and then
-Verdict = Literal["ok", "note", "FAIL"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing that was looked at."""
-
-    name: str
-    verdict: Verdict
-    measured: str
-    remedy: str = ""
 
 
 def run_doctor(method: str, settings: TrainSettings, method_settings: Any) -> list[Row]:
@@ -56,7 +46,7 @@ def run_doctor(method: str, settings: TrainSettings, method_settings: Any) -> li
     for row in examine(method, settings, method_settings):
         rows.append(row)
         print(in_lines(row), flush=True)
-    failed = [row.name for row in rows if row.verdict == "FAIL"]
+    failed = [row.check for row in rows if row.verdict == "fail"]
     if failed:
         raise RunFailed(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
     print(f"\nNothing is wrong with this run, as far as {len(rows)} checks can tell.")
@@ -66,7 +56,7 @@ def run_doctor(method: str, settings: TrainSettings, method_settings: Any) -> li
 def in_lines(row: Row) -> str:
     """A row of the table, its remedy below it."""
     width = max(60, min(120, shutil.get_terminal_size().columns))
-    head = f"{row.verdict:<5} {row.name:<12} "
+    head = f"{row.verdict:<5} {row.check:<12} "
     lines = textwrap.wrap(row.measured, width - len(head)) or [""]
     lines += textwrap.wrap(row.remedy, width - len(head), initial_indent="-> ", subsequent_indent="   ")
     return "\n".join((head if number == 0 else " " * len(head)) + line for number, line in enumerate(lines))
@@ -80,20 +70,20 @@ def examine(method: str, settings: TrainSettings, method_settings: Any) -> Itera
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise BadInput("the doctor was started as several processes; start it without a launcher")
         plan = make_plan(method, settings, method_settings)
-        yield Row("settings", "ok", f"{plan.method} on {plan.settings.model}, reward {' '.join(plan.settings.reward)}")
+        yield Row("settings", f"{plan.method} on {plan.settings.model}, reward {' '.join(plan.settings.reward)}")
         yield from (geometry(plan), prompts(plan))
         bench = set_up(plan)
     except BadInput as error:
-        yield Row("set-up", "FAIL", one_line(error))
+        yield Row("set-up", one_line(error), "fail")
         return
     exam = Exam(plan, bench)
     for name, check in CHECKS.items():
         try:
             yield check(exam)
         except NothingToLearn as error:
-            yield Row(name, "FAIL", one_line(error), "the reward must tell images of one prompt apart")
+            yield Row(name, one_line(error), "fail", "the reward must tell images of one prompt apart")
         except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
-            yield Row(name, "FAIL", one_line(error))
+            yield Row(name, one_line(error), "fail")
 
 
 # Before anything is loaded.
@@ -108,7 +98,7 @@ def geometry(plan: Plan) -> Row:
         f"{own.inference_steps} moves, drawn {min(own.sample_batch, images)} at once; {own.minibatch} rows a backward "
         f"pass; {steps:,} steps = {steps * images:,} images"
     )
-    return Row("geometry", "ok", said)
+    return Row("geometry", said)
 
 
 def prompts(plan: Plan) -> Row:
@@ -117,8 +107,8 @@ def prompts(plan: Plan) -> Row:
     both = sum(text in trained for text in tested)
     said = f"{len(trained)} different to train on, {len(set(tested))} to evaluate on, {both} of these in both"
     if both and len(trained) > 1:
-        return Row("prompts", "note", said, "give eval_prompts that are not trained on, to see what is learnt by heart")
-    return Row("prompts", "ok", said)
+        return Row("prompts", said, "warn", "give eval_prompts that are not trained on, to see what is learnt by heart")
+    return Row("prompts", said)
 
 
 # With everything loaded.
@@ -167,8 +157,8 @@ def check_pictures(exam: Exam) -> Row:
     empty = int(blank(exam.pictures).sum())
     if empty:
         remedy = "draw some with tropism sample; another precision, or another decoder, may help"
-        return Row("pictures", "FAIL", f"{said}; {empty} of 2 are black or of one colour", remedy)
-    return Row("pictures", "ok", said)
+        return Row("pictures", f"{said}; {empty} of 2 are black or of one colour", "fail", remedy)
+    return Row("pictures", said)
 
 
 def check_reward(exam: Exam) -> Row:
@@ -180,28 +170,26 @@ def check_reward(exam: Exam) -> Row:
     each = (time.perf_counter() - started) / 4
     said = f"{', '.join(f'{score:.4g}' for score in scores.tolist())} on two pictures; {1e3 * each:.1f} ms an image"
     if bool(scores.isnan().all()):
-        return Row("reward", "FAIL", f"{said}: no score", "see why with tropism reward test")
+        return Row("reward", f"{said}: no score", "fail", "see why with tropism reward test")
     if not torch.equal(scores.nan_to_num(), again.nan_to_num()):
-        return Row("reward", "note", f"{said}, and others when asked again", "it is random, so gains are less certain")
+        return Row("reward", f"{said}, and others when asked again", "warn", "it is random, so gains are less certain")
     if bool(scores[0] == scores[1]):
-        return Row(
-            "reward", "note", f"{said}: the same", "see with tropism reward test whether it tells pictures apart"
-        )
-    return Row("reward", "ok", said)
+        return Row("reward", f"{said}: the same", "warn", "tropism reward test says whether it tells pictures apart")
+    return Row("reward", said)
 
 
 def check_reference(exam: Exam) -> Row:
     """A model that has learnt nothing is its own reference, bit by bit."""
     apart = float((exam.answer() - exam.answer(reference=True)).abs().max())
     said = f"KL to the model before training: {'0' if apart == 0 else f'not 0, answers differ by {apart:.1e}'}"
-    return Row("reference", "ok" if apart == 0 else "FAIL", said, "" if apart == 0 else "load the base model anew")
+    return Row("reference", said, "ok" if apart == 0 else "fail", "" if apart == 0 else "load the base model anew")
 
 
 def check_advantages(exam: Exam) -> Row:
     """Of one small rollout: rewards differ, and advantages sum to 0 in each group where that is promised."""
     method = exam.bench.method
     if not hasattr(method, "rollout"):
-        return Row("advantages", "ok", "this method has none")
+        return Row("advantages", "this method has none")
     rollout = method.rollout(exam.batch)
     facts = reward_statistics(rollout.reward, rollout.group)
     mean, std, flat = (facts[name] for name in ("reward_mean", "reward_std", "zero_std_ratio"))
@@ -209,12 +197,12 @@ def check_advantages(exam: Exam) -> Row:
     if facts["reward_missing"]:
         said += f", {facts['reward_missing']:.0f} of {len(rollout.reward)} without a score"
     if not exam.plan.method_settings.group_relative:
-        return Row("advantages", "ok", f"{said}; by each prompt's own statistics")
+        return Row("advantages", f"{said}; by each prompt's own statistics")
     groups = rollout.group.to(rollout.advantage.device)
     sums = torch.stack([rollout.advantage[groups == name].sum() for name in set(groups.tolist())])
     worst = float(sums.abs().max())
-    verdict: Verdict = "ok" if worst < 1e-4 * len(groups) else "FAIL"
-    return Row("advantages", verdict, f"{said}; sums of groups at most {worst:.1e}")
+    verdict: Verdict = "ok" if worst < 1e-4 * len(groups) else "fail"
+    return Row("advantages", f"{said}; sums of groups at most {worst:.1e}", verdict)
 
 
 def check_update(exam: Exam) -> Row:
@@ -233,10 +221,10 @@ def check_update(exam: Exam) -> Row:
     if "ratio_max" in metrics:
         said = f"ratio 1 {metrics['ratio_max'] - 1:+.0e} before it, {said}"
     if not torch.equal(reference, exam.answer(reference=True)):
-        return Row("update", "FAIL", f"{said}; the reference moved as well", "the base model must stay as it is")
+        return Row("update", f"{said}; the reference moved as well", "fail", "the base model must stay as it is")
     if not moved:
-        return Row("update", "FAIL", f"{said}: nothing was learnt", "raise learning_rate; check lora_targets")
-    return Row("update", "ok", said)
+        return Row("update", f"{said}: nothing was learnt", "fail", "raise learning_rate; check lora_targets")
+    return Row("update", said)
 
 
 def check_saving(exam: Exam) -> Row:
@@ -251,7 +239,7 @@ def check_saving(exam: Exam) -> Row:
                 parameter.zero_()
         model.load_adapter(Path(folder) / "adapter")
     if not torch.equal(before, exam.answer()):
-        return Row("saving", "FAIL", "what was loaded answers otherwise than what was saved")
+        return Row("saving", "what was loaded answers otherwise than what was saved", "fail")
     settings = exam.plan.settings
     evaluations = 2 + (settings.steps // settings.eval_every if settings.eval_every else 0)
     need = size * (1 + (KEPT + 2) * (5 if settings.ema else 3)) + evaluations * PICTURE_BYTES
@@ -260,8 +248,8 @@ def check_saving(exam: Exam) -> Row:
     mib = [f"{count / 2**20:,.0f}" for count in (need, free)]
     said = f"an adapter of {size / 2**20:.1f} MiB; the run needs about {mib[0]} MiB of {mib[1]} free"
     if need > free:
-        return Row("saving", "FAIL", said, "make room, give another out, or raise save_every and eval_every")
-    return Row("saving", "ok", said)
+        return Row("saving", said, "fail", "make room, give another out, or raise save_every and eval_every")
+    return Row("saving", said)
 
 
 def check_time(exam: Exam) -> Row:
@@ -271,8 +259,8 @@ def check_time(exam: Exam) -> Row:
     seconds = images * exam.seconds_per_image
     said = f"about {clock(seconds)} for {images:,} images, without evaluations"
     if seconds > LONG and not settings.save_every:
-        return Row("time", "note", f"{said}; save_every is 0", "give save_every, so that it can go on when it stops")
-    return Row("time", "ok", said)
+        return Row("time", f"{said}; save_every is 0", "warn", "give save_every, so that it can go on when it stops")
+    return Row("time", said)
 
 
 CHECKS: dict[str, Callable[[Exam], Row]] = {
