@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def render(plan: Plan, model: Trainable, outcome: Outcome) -> str:
     what = "All weights of the denoising network" if settings.full else "A LoRA"
     return "\n".join(
         [
-            _header(plan),
+            front_matter(settings.model, plan.method, lora=not settings.full),
             f"# {plan.method} on {settings.model}",
             "",
             f"{what} trained by tropism {__version__} with {plan.method} on the "
@@ -52,23 +52,23 @@ def render(plan: Plan, model: Trainable, outcome: Outcome) -> str:
             "",
             "| setting | value |",
             "|---|---|",
-            *_rows(asdict(plan.method_settings) | {k: v for k, v in asdict(settings).items() if k != "out"}),
+            *setting_rows(asdict(plan.method_settings) | {k: v for k, v in asdict(settings).items() if k != "out"}),
             "",
         ]
     )
 
 
-def _header(plan: Plan) -> str:
-    settings = plan.settings
-    shipped = settings.model in SHIPPED
+def front_matter(model: str, method: str, lora: bool) -> str:
+    """The header that hubs read, with the name of the base model."""
+    shipped = model in SHIPPED
     licence = {"license": "apache-2.0"} if shipped else {"license": "other", "license_name": "as-the-base-model"}
-    tags = ["text-to-image", "diffusers", "tropism", "reward-fine-tuning", plan.method]
+    tags = ["text-to-image", "diffusers", "tropism", "reward-fine-tuning", method]
     facts = {
-        "base_model": settings.model,
+        "base_model": model,
         "library_name": "diffusers",
         **licence,
         "pipeline_tag": "text-to-image",
-        "tags": tags if settings.full else [*tags, "lora", "template:sd-lora"],
+        "tags": [*tags, "lora", "template:sd-lora"] if lora else tags,
     }
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
 
@@ -103,7 +103,8 @@ def _mean(values: torch.Tensor) -> str:
     return f"{found.mean:.4g} ({found.low:.4g} to {found.high:.4g})"
 
 
-def _rows(entries: dict[str, Any]) -> Iterable[str]:
+def setting_rows(entries: Mapping[str, Any]) -> Iterable[str]:
+    """One line of a table a setting."""
     for name, value in entries.items():
         shown = (
             " ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)

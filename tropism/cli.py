@@ -92,6 +92,13 @@ COMMANDS: Mapping[str, Command] = {
         "The families of models and what each can; with MODEL (a name, a folder, MODULE:FUNCTION) what that one is.",
         "model",
     ),
+    "export": Command(
+        "config:ExportSettings",
+        "export:run_export",
+        "write what was trained for diffusers, PEFT, kohya or ComfyUI",
+        "Write what a run has trained in the format of another program, with a model card.",
+        "run",
+    ),
 }
 SHARED, OWN = "settings of every run", "settings of {}"
 PRESET = "demo.yaml"

@@ -102,7 +102,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
 def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
     """The model with its adapter, and the policy of evaluation."""
     catalog.check_model(settings.model)
-    adapter = None if settings.adapter is None else _adapter(settings.adapter)
+    adapter = None if settings.adapter is None else adapter_folder(settings.adapter)
     device = check_device(settings)
     model = load(settings.model, settings, device)
     if adapter is not None:
@@ -114,15 +114,15 @@ def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
     return model, deterministic(model, steps, settings.guidance_scale, settings.batch_size)
 
 
-def _adapter(name: str) -> Path:
-    """The folder with the weights: of a run, the one inside. Raises BadInput."""
+def adapter_folder(name: str, setting: str = "adapter") -> Path:
+    """The folder with the weights: of a run, the one inside. Raises BadInput, which names the setting."""
     folder = Path(name).expanduser()
     folder = folder.parent if folder.is_file() else folder
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if not folder.is_dir():
-        raise BadInput(f"adapter is {name}, but there is no such folder; wanted a run, its adapter, or a checkpoint")
+        raise BadInput(f"{setting} is {name}, but there is no such folder; wanted a run, its adapter, or a checkpoint")
     if (folder / "model_index.json").is_file():
-        raise BadInput(f"adapter is {name}, which is a whole pipeline; give it as model")
+        raise BadInput(f"{setting} is {name}, which is a whole pipeline; give it as model")
     return folder
 
 

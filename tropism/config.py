@@ -18,6 +18,7 @@ import yaml
 from tropism import __version__
 
 Precision = Literal["no", "bf16", "fp16"]
+ExportFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 
 
 class BadInput(ValueError):
@@ -229,6 +230,31 @@ class ModelsSettings:
 
     model: str | None = None
     """As in training: say what it is; none: list the families."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of ``tropism export``."""
+
+    run: str | None = None
+    """Folder of a run, of its adapter or of a checkpoint."""
+    format: ExportFormat = "diffusers"
+    """For whom: diffusers, peft, kohya (sd-scripts, WebUI) or comfyui."""
+    merge: bool = False
+    """Write the whole pipeline with what was trained inside its weights (diffusers only; a full run has to)."""
+    model: str | None = None
+    """The model that was trained; none: as the run's config.yaml says."""
+    out: str | None = None
+    """A new or empty folder; none: export-FORMAT in the run."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the weights that are written; float32 keeps a LoRA exactly."""
+
+    def check(self) -> None:
+        """Raises BadInput."""
+        if self.run is None:
+            raise BadInput("run is not given; wanted the folder of a run, as in tropism export runs/demo-1")
+        if self.merge and self.format != "diffusers":
+            raise BadInput(f"merge is given with format {self.format}; wanted diffusers, the one for whole pipelines")
 
 
 @dataclass(frozen=True)
