@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from tropism.base import Reward
     from tropism.data.prompts import PromptSet
-    from tropism.models.exported import Base, LoraFile
     from tropism.models.trainable import Trainable
 
 PACKAGE = Path(__file__).parent
@@ -146,32 +145,14 @@ def _called(name: str) -> Trainable:
     return made
 
 
-def read_base(name: str) -> Base:
-    """What the files of a model say of it; no weights are read. Raises BadInput, ValueError or OSError."""
+def exporter(model: str) -> Any:
+    """The module ``tropism.models.exported``. Raises BadInput for a model that is no pipeline."""
+    if _is_function(model):
+        raise BadInput(f"model is {model}, and export knows diffusers' pipelines; its adapter is safetensors as it is")
     from tropism.models.quiet import quiet_libraries
 
     quiet_libraries()
-    if _is_function(name):
-        raise BadInput(
-            f"model is {name}, and export knows pipelines of diffusers; the run's adapter is safetensors as is"
-        )
-    from tropism.models import exported
-
-    return exported.read_base(check_model(name))
-
-
-def lora_file(format: str, folder: Path, base: Base, name: str, dtype: torch.dtype) -> LoraFile:
-    """A trained LoRA in another program's format. Raises ValueError, in one sentence, where it has none there."""
-    from tropism.models import exported
-
-    return exported.lora_file(format, folder, base, name, dtype)
-
-
-def save_merged(model: Trainable, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the pipeline with what was trained inside its weights; the model is spent."""
-    from tropism.models import exported
-
-    exported.save_merged(model, folder, dtype)
+    return importlib.import_module("tropism.models.exported")
 
 
 # Prompts.

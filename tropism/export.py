@@ -28,7 +28,7 @@ from tropism.export_header import Facts, header
 from tropism.plan import as_bad_input, check_out, load
 
 if TYPE_CHECKING:
-    from tropism.models.exported import Base
+    from tropism.models.exported import Base, LoraFile
 
 UNSOUND = (ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError)
 PEFT_FILE = "adapter_model.safetensors"
@@ -61,7 +61,7 @@ def run_export(settings: ExportSettings) -> Path:
     out = check_out(settings.out or str(_usual(source, settings)), "export")
     dtype = getattr(torch, settings.precision)
     with as_bad_input(*UNSOUND, prefix=f"the model {model} cannot be read: "):
-        base = catalog.read_base(model)
+        base = catalog.exporter(model).read_base(catalog.check_model(model))
     if (source.weights / base.part).is_dir() and not settings.merge:
         raise BadInput(
             f"{settings.run} has trained all weights of the {base.part} and no LoRA; wanted --format diffusers --merge"
@@ -133,7 +133,7 @@ def _facts(source: Source, model: str) -> Facts:
 def _lora(source: Source, format: str, base: Base, facts: Facts, dtype: torch.dtype) -> Any:
     """What writes the LoRA into a folder. Raises BadInput for what cannot be converted."""
     with as_bad_input(*UNSOUND):
-        file = catalog.lora_file(format, source.weights, base, facts.model, dtype)
+        file: LoraFile = catalog.exporter(facts.model).lora_file(format, source.weights, base, facts.model, dtype)
     said = header(file, base, facts, format)
     names = {"diffusers": "pytorch_lora_weights.safetensors", "peft": PEFT_FILE}
 
@@ -152,7 +152,7 @@ def _merged(source: Source, name: str, dtype: torch.dtype) -> Any:
         if (source.weights / model.part).is_dir():
             model.train_full()
         model.load_adapter(source.weights)
-    return lambda folder: catalog.save_merged(model, folder, dtype)
+    return lambda folder: catalog.exporter(name).save_merged(model, folder, dtype)
 
 
 def _card(source: Source, settings: ExportSettings, base: Base, facts: Facts, folder: Path) -> str:
