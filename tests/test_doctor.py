@@ -70,7 +70,7 @@ def test_a_correct_run_is_not_blamed(
     assert not [row for row in rows.values() if row.startswith("fail")]
     assert set(rows) == {
         *("settings", "geometry", "prompts", "pictures", "reward", "reference", "advantages", "update", "saving"),
-        "time",
+        *("memory", "time"),
     }
     assert "2 prompts x 2 images = 4 images a step, each of 3 moves" in rows["geometry"]
     assert rows["prompts"].startswith("warn") and "3 of these in both" in rows["prompts"]
@@ -125,6 +125,10 @@ def small_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1000))
 
 
+def small_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tropism.doctor.free_mib", lambda device: -10_000.0)
+
+
 def wrong_loading(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lora, "load", lambda adapter, folder: None)
 
@@ -153,6 +157,7 @@ def nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (wrong_credit, {"group_relative": ""}, "advantages", "sums of groups at most 1.0e+00"),
         (moving_reference, {}, "update", "the reference moved as well"),
         (small_disk, {}, "saving", "MiB of 0 free"),
+        (small_memory, {}, "memory", "in backward; lower it by minibatch"),
         (wrong_loading, {}, "saving", "answers otherwise than what was saved"),
     ],
 )

@@ -30,6 +30,7 @@ from tropism.data.prompts import batches
 from tropism.evaluate import deterministic, draw_images, first_images
 from tropism.health import Watched, blank, check_finite_pictures
 from tropism.log import clock
+from tropism.memory import MIB, free_mib, memory_plan, resident_bytes
 from tropism.plan import Bench, Plan, make_plan, set_up
 from tropism.policy import reward_statistics
 from tropism.rewards.trial import Row, Verdict
@@ -37,6 +38,7 @@ from tropism.train import NothingToLearn, Step, train
 
 GROUPS, ROWS = 4, 4  # prompts of the small batch, and images of each
 PICTURE_BYTES = 2**20  # of one evaluation, about
+TIGHT = 0.9  # of the memory there is
 LONG = 600.0  # seconds after which a run should save itself now and then
 
 
@@ -252,12 +254,29 @@ def check_saving(exam: Exam) -> Row:
     return Row("saving", said)
 
 
+def check_memory(exam: Exam) -> Row:
+    """What will be resident, phase by phase, against what the device has."""
+    plan, bench = exam.plan, exam.bench
+
+    def score(images: Tensor) -> Tensor:
+        batch = first_images(plan.eval_prompts, len(images))
+        return bench.reward(images, batch.text, **batch.columns)
+
+    *phases, peak = memory_plan(bench.model, plan.settings, plan.method_settings, plan.device, score)
+    has = free_mib(plan.device) + resident_bytes(plan.device) / MIB
+    parts = ", ".join(f"{row.phase} {row.mib:,.0f}" for row in phases)
+    said = f"{peak.mib:,.0f} of {has:,.0f} MiB at most ({parts})"
+    if peak.mib > TIGHT * has:
+        return Row("memory", said, "fail" if peak.mib > has else "warn", peak.note)
+    return Row("memory", said)
+
+
 def check_time(exam: Exam) -> Row:
     """How long the run will take, about."""
     settings, own = exam.plan.settings, exam.plan.method_settings
     images = settings.steps * own.prompts_per_step * own.images_per_prompt
     seconds = images * exam.seconds_per_image
-    said = f"about {clock(seconds)} for {images:,} images, without evaluations"
+    said = f"up to about {clock(seconds)} for {images:,} images, without evaluations"
     if seconds > LONG and not settings.save_every:
         return Row("time", f"{said}; save_every is 0", "warn", "give save_every, so that it can go on when it stops")
     return Row("time", said)
@@ -270,5 +289,6 @@ CHECKS: dict[str, Callable[[Exam], Row]] = {
     "advantages": check_advantages,
     "update": check_update,
     "saving": check_saving,
+    "memory": check_memory,
     "time": check_time,
 }
