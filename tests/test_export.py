@@ -451,3 +451,20 @@ def test_a_disk_that_is_full_leaves_nothing(
 def test_no_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run is not given" in said(["export"], capsys).err
     assert "there is no such folder" in said(["export", "nowhere"], capsys).err
+
+
+def test_a_checkpoint_of_averaged_weights(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(small_place(tiny_sd, tmp_path))
+    assert said(train_words(out="r", steps="2", ema="0.5", learning_rate="1e-2"), capsys).code == 0
+    assert said(["export", "r/checkpoints/step-000001", "--out", "one"], capsys).code == 0
+    name = "pytorch_lora_weights.safetensors"
+    exported, average, plain = (
+        load_file(folder / name)
+        for folder in (Path("one"), Path("r/checkpoints/step-000001/adapter"), Path("r/checkpoints/step-000001"))
+    )
+    assert all(torch.equal(exported[key], average[key]) for key in average)
+    assert any(not torch.equal(average[key], plain[key]) for key in average)
+    with safe_open(Path("one") / name, "pt") as file:
+        assert file.metadata()["tropism.step"] == "1" and file.metadata()["tropism.base_model"] == "model"

@@ -80,10 +80,11 @@ def find_source(run: str) -> Source:
     weights = adapter_folder(run, "run")
     if not any(weights.glob("*.safetensors")) and not any(weights.glob("*/*.safetensors")):
         raise BadInput(f"run is {run}, which has no trained weights; wanted a run, its adapter, or a checkpoint")
-    homes = (Path(run).expanduser(), weights.parent, weights.parent.parent)
+    checkpoint = weights.parent if (weights.parent / "state.json").is_file() else weights  # averaged weights lie below
+    homes = (Path(run).expanduser(), weights.parent, checkpoint.parent.parent)
     folder = next((home for home in homes if (home / "config.yaml").is_file()), None)
     settings = {} if folder is None else read_config(folder / "config.yaml")
-    state = _json(weights / "state.json")
+    state = _json(checkpoint / "state.json")
     step = state.get("step")
     rows = [] if folder is None else read_rows(folder)
     if not state and rows:
