@@ -147,7 +147,7 @@ def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         catalog.check_model("modle")
     with pytest.raises(BadInput, match=r"has no model_index\.json"):
         catalog.check_model(str(tmp_path))
-    monkeypatch.setattr(catalog, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(catalog.models, "WEIGHTS", tmp_path)
     with pytest.raises(BadInput, match="not in this installation"):
         catalog.check_model("scenes")
     for name in ("sd", "flow"):

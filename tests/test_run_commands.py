@@ -134,11 +134,11 @@ def test_demo_runs_its_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_packaged_preset_is_a_configuration_of_its_method() -> None:
-    from tropism import catalog, flags
+    from tropism import catalog, cli, flags
     from tropism.cli import PRESET
     from tropism.config import TrainSettings, read_config
 
-    file = Path(catalog.__file__).with_name(PRESET)
+    file = Path(cli.__file__).with_name(PRESET)
     method = read_config(file)["method"]
     settings = [*flags.settings_of(TrainSettings, ""), *flags.settings_of(catalog.method_settings(method), "")]
     values = flags.read(flags.build_parser("demo", "", settings), settings, ["--config", str(file)], method)

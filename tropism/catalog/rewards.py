@@ -1,191 +1,25 @@
-"""Names for things, and the things themselves: methods, models, rewards, prompts. The only file that wires them.
-
-Methods are found, not registered: every module of ``tropism.methods`` with a ``Settings`` class is one. Functions that
-are called ``check_...`` load nothing; what they accept can still fail to load, with a sentence of its own.
-"""
+"""Rewards by name: those of the package, servers, and functions of the user."""
 
 from __future__ import annotations
 
-import ast
-import importlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tropism.config import BadInput, one_line, suggest
+from tropism.catalog.models import SHIPPED, WEIGHTS
+from tropism.config import BadInput, suggest
 from tropism.plugins import load_function
 
 if TYPE_CHECKING:
     import torch
 
     from tropism.base import Reward
-    from tropism.data.prompts import PromptSet
-    from tropism.models.trainable import Trainable
 
-PACKAGE = Path(__file__).parent
-WEIGHTS = PACKAGE / "worlds" / "scenes" / "weights"
-SHIPPED: Mapping[str, str] = {"scenes": "flow", "scenes-sd": "sd", "scenes-flow": "flow"}
 SHIPPED_CLIP = "clip"
 REMOTE = "http://127.0.0.1:8000"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
-
-
-# Methods.
-
-
-def method_names() -> dict[str, str]:
-    """Every method, as it is typed, with the first line of its file; nothing is imported."""
-    found = {}
-    for file in sorted((PACKAGE / "methods").glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in tree.body):
-            found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").split("\n")[0]
-    return found
-
-
-def method_settings(name: str) -> type[Any]:
-    """The settings class of a method; dashes and underscores are the same. Raises BadInput for an unknown name."""
-    known = method_names()
-    if name.replace("_", "-") not in known:
-        raise BadInput(f"there is no method {name!r}; {suggest(name, known)}")
-    settings: type[Any] = importlib.import_module(f"tropism.methods.{name.replace('-', '_')}").Settings
-    return settings
-
-
-# Models.
-
-
-def check_model(name: str) -> str | Path:
-    """The folder, hub name or function behind a name; a function is imported, not called. Raises BadInput for a folder
-    without a pipeline and for an unknown name."""
-    if _is_function(name):
-        module, _, function = name.rpartition(":")
-        load_function(module, function, "model")
-        return name
-    if name in SHIPPED:
-        folder = WEIGHTS / SHIPPED[name]
-        if not (folder / "model_index.json").is_file():
-            raise BadInput(f"the weights of {name} are not in this installation ({folder}); reinstall tropism")
-        return folder
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if not (folder / "model_index.json").is_file():
-            raise BadInput(f"model is {name}, which has no model_index.json; wanted the folder of a diffusers pipeline")
-        return folder
-    if not HUB_NAME.fullmatch(name) or name.startswith((".", "/", "~")):
-        raise BadInput(
-            f"there is no model {name!r}; wanted {', '.join(SHIPPED)}, a folder, a hub name (owner/model), or "
-            "MODULE:FUNCTION"
-        )
-    return name
-
-
-def _is_function(name: str) -> bool:
-    module, _, function = name.rpartition(":")
-    return bool(module) and function.isidentifier() and not Path(name).expanduser().exists()
-
-
-def load_model(
-    name: str, dtype: torch.dtype, device: torch.device, image_size: tuple[int, int] | None = None
-) -> Trainable:
-    """The model of that name. Raises ValueError or OSError, in one sentence, when it cannot be loaded."""
-    from tropism.models.quiet import quiet_libraries
-
-    quiet_libraries()
-    if _is_function(name):
-        if image_size is not None:
-            raise BadInput(f"image_size is {image_size}, but {name} decides the size itself; leave image_size out")
-        return _called(name).to(device, dtype)
-    from tropism.models.pipelines import load_pipeline
-
-    return load_pipeline(check_model(name), dtype, device, image_size=image_size)
-
-
-def families() -> list[tuple[str, ...]]:
-    """The table of model families, its head first."""
-    from tropism.models.quiet import quiet_libraries
-
-    quiet_libraries()
-    from tropism.models.describe import rows
-
-    return rows()
-
-
-def describe_model(name: str) -> dict[str, str]:
-    """What a model is, without its weights. Raises ValueError or OSError, in one sentence, for none and for what is
-    not supported."""
-    from tropism.models.quiet import quiet_libraries
-
-    quiet_libraries()
-    from tropism.models.describe import describe, described
-    from tropism.models.pipelines import hub_index
-
-    found = check_model(name)
-    if _is_function(name):
-        return described(_called(name))
-    return describe(found) if isinstance(found, Path) else describe(found, hub_index(found))
-
-
-def _called(name: str) -> Trainable:
-    """What the user's function returns. Raises BadInput when it fails, or returns anything but a model."""
-    from tropism.models.trainable import Trainable
-
-    module, _, function = name.rpartition(":")
-    call = load_function(module, function, "model")
-    try:
-        made = call()
-    except Exception as error:
-        raise BadInput(f"model is {name}, which raised {type(error).__name__}: {one_line(error)}") from error
-    if not isinstance(made, Trainable):
-        raise BadInput(f"model is {name}, which returned a {type(made).__name__}; wanted an OwnModel or a pipeline")
-    return made
-
-
-def exporter(model: str) -> Any:
-    """The module ``tropism.models.exported``. Raises BadInput for a model that is no pipeline."""
-    if _is_function(model):
-        raise BadInput(f"model is {model}, and export knows diffusers' pipelines; its adapter is safetensors as it is")
-    from tropism.models.quiet import quiet_libraries
-
-    quiet_libraries()
-    return importlib.import_module("tropism.models.exported")
-
-
-# Prompts.
-
-
-def own_prompts(model: str, held_out: bool) -> str | None:
-    """The name of the prompts that a model was made for; None when there are none."""
-    return ("scenes-held-out" if held_out else "scenes") if model in SHIPPED else None
-
-
-def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
-    """A file of prompts, or a set by name. Raises BadInput.
-
-    The sets are scenes and scenes-held-out; -single, -count or -pair asks for captions of one kind, :N for how many
-    (scenes-held-out-pair:16); usual are 512 to train on, and 64 that are held out.
-    """
-    from tropism.data.prompts import PromptSet, read_prompts
-    from tropism.worlds.scenes import KINDS, captions
-
-    match = SCENES_PROMPTS.fullmatch(name)
-    try:
-        if match is None and name.startswith("scenes") and not Path(name).suffix:
-            raise ValueError("wanted scenes or scenes-held-out, then -single, -count or -pair, then :N, or a file")
-        if match is None or Path(name).is_file():
-            return read_prompts(name)
-        kinds = (match["kind"],) if match["kind"] else KINDS
-        split, usual = ("held_out", 64) if match["held"] else ("train", 512)
-        return PromptSet(captions(int(match["count"] or usual), 0, split, kinds))  # type: ignore[arg-type]
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{field} is {name}: {one_line(error)}") from error
-
-
-# Rewards.
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""Methods by name: every module of ``tropism.methods`` with a ``Settings`` class."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tropism.config import BadInput, suggest
+
+if TYPE_CHECKING:
+    pass
+
+METHODS = Path(__file__).parents[1] / "methods"
+
+
+def method_names() -> dict[str, str]:
+    """Every method, as it is typed, with the first line of its file; nothing is imported."""
+    found = {}
+    for file in sorted(METHODS.glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in tree.body):
+            found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
+
+
+def method_settings(name: str) -> type[Any]:
+    """The settings class of a method; dashes and underscores are the same. Raises BadInput for an unknown name."""
+    known = method_names()
+    if name.replace("_", "-") not in known:
+        raise BadInput(f"there is no method {name!r}; {suggest(name, known)}")
+    settings: type[Any] = importlib.import_module(f"tropism.methods.{name.replace('-', '_')}").Settings
+    return settings

@@ -1,0 +1,42 @@
+"""Prompts by name: sets of the scenes world, and files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tropism.catalog.models import SHIPPED
+from tropism.config import BadInput, one_line
+
+if TYPE_CHECKING:
+    from tropism.data.prompts import PromptSet
+
+SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
+
+
+def own_prompts(model: str, held_out: bool) -> str | None:
+    """The name of the prompts that a model was made for; None when there are none."""
+    return ("scenes-held-out" if held_out else "scenes") if model in SHIPPED else None
+
+
+def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
+    """A file of prompts, or a set by name. Raises BadInput.
+
+    The sets are scenes and scenes-held-out; -single, -count or -pair asks for captions of one kind, :N for how many
+    (scenes-held-out-pair:16); usual are 512 to train on, and 64 that are held out.
+    """
+    from tropism.data.prompts import PromptSet, read_prompts
+    from tropism.worlds.scenes import KINDS, captions
+
+    match = SCENES_PROMPTS.fullmatch(name)
+    try:
+        if match is None and name.startswith("scenes") and not Path(name).suffix:
+            raise ValueError("wanted scenes or scenes-held-out, then -single, -count or -pair, then :N, or a file")
+        if match is None or Path(name).is_file():
+            return read_prompts(name)
+        kinds = (match["kind"],) if match["kind"] else KINDS
+        split, usual = ("held_out", 64) if match["held"] else ("train", 512)
+        return PromptSet(captions(int(match["count"] or usual), 0, split, kinds))  # type: ignore[arg-type]
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{field} is {name}: {one_line(error)}") from error
