@@ -16,7 +16,7 @@ from torch import Tensor
 from tropism.base import Reward
 from tropism.config import HealthSettings, RunFailed
 
-CONSTANT = 2 / 255  # range of values below which a picture shows nothing
+CONSTANT = 2 / 255  # standard deviation of values below which a picture shows nothing
 BLACK = 12 / 255  # a picture without any lighter value
 
 
@@ -27,8 +27,8 @@ class Unhealthy(RunFailed):
 def blank(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> (B,) whether a picture is one colour, or black (no value above 12 / 255)."""
     values = images.detach().flatten(2)
-    high, low = values.amax(2), values.amin(2)
-    return ((high - low) < CONSTANT).all(1) | (high < BLACK).all(1)
+    spread = values.float().std(2, correction=0)
+    return (spread < CONSTANT).all(1) | (values.amax(2) < BLACK).all(1)
 
 
 def check_finite_pictures(images: Tensor) -> None:

@@ -8,6 +8,7 @@ Nothing is pickled: tensors are added up, and what has a name travels as JSON.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,13 @@ class Processes:
     def share(self, rows: Tensor) -> Tensor:
         """Those of ``rows`` (N,) that this process works on: every ``count``-th."""
         return rows if self.count == 1 else rows[self.index :: self.count]
+
+    def parts(self, rows: Tensor, size: int) -> list[Tensor]:
+        """This process's share in parts of at most ``size``; of at least ``count`` rows, as many for every process."""
+        own = self.share(rows)
+        if self.count == 1 or not len(own):
+            return list(own.split(size)) if len(own) else []
+        return list(own.tensor_split(math.ceil(math.ceil(len(rows) / self.count) / size)))
 
     def joined(self, own: Tensor, rows: Tensor, total: int) -> Tensor:
         """(total, ...) from what every process has of its ``rows`` (n,): ``own`` (n, ...). The same bits for all."""

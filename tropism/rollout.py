@@ -46,8 +46,7 @@ def trainable(
 def slices(order: Tensor, updates: int, minibatch: int, processes: Processes = ALONE) -> list[Sequence[Tensor]]:
     """``order`` (N,) in ``updates`` nearly equal parts, and of each this process's share, in minibatches. A part may
     have none: there are always ``updates`` of them, so that processes agree on how often to step."""
-    parts = [processes.share(part) for part in order.tensor_split(updates)]
-    return [part.split(minibatch) if len(part) else () for part in parts]
+    return [processes.parts(part, minibatch) for part in order.tensor_split(updates)]
 
 
 def gather(rollout: Rollout, rows: Tensor, columns: Tensor, on_policy: bool, info: Mapping[str, float]) -> Cells:

@@ -86,7 +86,7 @@ class AlignProp:
         rewards = torch.full((len(batch.text),), math.nan)
         yield (
             Draws(pick(batch, rows), rows, take(cond, rows), seeds[rows], span, rewards, batch.group)
-            for rows in self.policy.processes.share(torch.arange(len(batch.text))).split(self.minibatch)
+            for rows in self.policy.processes.parts(torch.arange(len(batch.text)), self.minibatch)
         )
 
     def loss(self, draws: Draws) -> Loss:
