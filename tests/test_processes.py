@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from methods import ROWS, Off, Row, toy
 from small_run import refused, said, small_place, train_words
-from test_resume import metrics
+from test_resume import metrics, weights
 from torch import Tensor
 
 from tropism.data.prompts import PromptSet, batches
+from tropism.models.pipelines import wrap_pipeline
 from tropism.models.toy import PROMPTS
 from tropism.processes import ALONE, Processes
+from tropism.sharding import shard
 from tropism.train import Step, train
 
 COUNTS = (2, 4)
@@ -164,6 +167,32 @@ def place(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
+@pytest.mark.parametrize("pipeline", [tiny.sd_pipeline, tiny.sd3_pipeline])
+def test_a_split_network_answers_and_learns_as_a_whole_one(pipeline: Any, tmp_path: Path) -> None:
+    """On a mesh of one process, which splits nothing but runs every exchange."""
+    model = wrap_pipeline(pipeline(), guidance_scale=2.0, steps=3, onednn=False)
+    model.add_lora(4, generator=torch.Generator().manual_seed(0))
+    x, tau, cond = tiny.noise(2), torch.tensor([400, 900]), model.encode(tiny.PROMPTS)
+
+    def learnt() -> tuple[Tensor, list[Tensor]]:
+        answer = model.net(x, tau, cond)
+        return answer.detach(), list(torch.autograd.grad(answer.square().sum(), model.parameters()))
+
+    before, small = learnt(), torch.nn.Linear(2, 2)
+    place: dict[str, Any] = {"init_method": f"file://{tmp_path / 'place'}", "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("gloo", **place)
+    try:
+        shard(model.bare_network(), model.parameters(), Processes(0, 1))
+        after = learnt()
+        with pytest.raises(ValueError, match="all of them are trained"):
+            shard(small, list(small.parameters()), Processes(0, 1))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(before[0], after[0])
+    for mine, other in zip(before[1], after[1], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_train_one_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = train_words(steps="2", prompts_per_step="3", images_per_prompt="3", group_relative="", eval_images="5")
     assert said([*words, "--out", "alone"], capsys).code == 0
@@ -182,6 +211,20 @@ def test_two_processes_train_one_run(place: Path, capsys: pytest.CaptureFixture[
     words = ["train", "ddpo", "--resume", "both", "--steps", "3"]
     assert [process.wait(timeout=120) for process in pair(words)] == [0, 0]
     assert [row["step"] for row in metrics(Path("both"))] == [0, 1, 2, 3]
+
+
+def test_the_frozen_network_is_split(place: Path) -> None:
+    """The weights that are trained are those of a run without, up to the rounding of another kernel."""
+    words = train_words(steps="2", prompts_per_step="2", images_per_prompt="4", group_relative="", eval_images="4")
+    for name, more in {"whole": [], "split": ["--shard"]}.items():
+        for process in pair([*words, "--out", name, *more]):
+            _, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
+    whole, split = metrics(Path("whole")), metrics(Path("split"))
+    for mine, single in zip(split, whole, strict=True):
+        for name in {"reward_mean", "grad_norm", "eval_reward", "eval_kl", "images"} & single.keys():
+            assert mine[name] == pytest.approx(single[name], rel=1e-3), name
+    assert weights(Path("split")).keys() == weights(Path("whole")).keys()
 
 
 def test_a_killed_process_ends_the_run_with_a_message(place: Path) -> None:
@@ -204,5 +247,10 @@ def test_what_several_processes_cannot_do(place: Path, monkeypatch: Any, capsys:
     assert "on_trouble is rollback" in refused(train_words(on_trouble="rollback", **wide), capsys)
     assert "device is cuda:1; wanted cpu or cuda" in refused(train_words(device="cuda:1", **wide), capsys)
     assert "started as several processes" in said(["doctor", *train_words()[1:]], capsys).out
+    sentence = refused(train_words(shard="", images_per_prompt="8", eval_images="9"), capsys)
+    assert "eval_images is 9; wanted a multiple of 8 with shard" in sentence
+    assert "leave one out" in refused(train_words(shard="", full="", **wide), capsys)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "the launcher asks for FSDP; wanted plain data parallelism" in refused(train_words(**wide), capsys)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "shard is True; wanted several processes" in refused(train_words(shard=""), capsys)

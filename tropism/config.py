@@ -131,6 +131,8 @@ class TrainSettings(HealthSettings):
     """Decay of an average of the trained weights, which is what is evaluated and saved; 0: no average."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
+    shard: bool = False
+    """Several processes split the weights of the frozen network (FSDP) instead of holding all of them each."""
     drop_text_encoders: bool = False
     """Encode all prompts once, then free the text encoders: less memory."""
     reward_device: str | None = None

@@ -22,6 +22,7 @@ from tropism.log import check_trackers
 from tropism.processes import ALONE, Processes, join
 from tropism.resume import check_same, find_run
 from tropism.rewards import Elsewhere, RewardError, ScoredReward, Weighted, check_scores
+from tropism.sharding import shard
 from tropism.watching import PROMPTS, REPEATS, TAKEN, Evaluator
 
 if TYPE_CHECKING:
@@ -109,17 +110,23 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
 def check_launch(settings: TrainSettings, method_settings: Any, count: int) -> None:
     """Raises BadInput for what ``count`` processes cannot do, or not yet."""
     if count == 1:
+        require(not settings.shard, "shard", settings.shard, "several processes; start them with a launcher")
         return
     images = method_settings.prompts_per_step * method_settings.images_per_prompt
     for name, value in {"prompts_per_step x images_per_prompt": images, "eval_images": settings.eval_images}.items():
         require(value >= count, name, value, f"at least {count}: an image for each process")
+        require(
+            not settings.shard or value % count == 0, name, value, f"a multiple of {count} with shard: equal shares"
+        )
+    if settings.shard and settings.full:
+        raise BadInput("shard splits frozen weights and full trains all of them; leave one out")
     if settings.on_trouble == "rollback":
         raise BadInput(f"on_trouble is rollback, which one process can do, not {count}; wanted stop or warn")
     if settings.device and ":" in settings.device:
         raise BadInput(f"device is {settings.device}; wanted cpu or cuda: each of {count} processes has its own")
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise BadInput(f"the launcher asks for {name}; wanted plain data parallelism: weights are not split here")
+            raise BadInput(f"the launcher asks for {name}; wanted plain data parallelism, and shard to split weights")
 
 
 def check_best_by(name: str | None, trained: Sequence[RewardSpec], held_out: Sequence[RewardSpec]) -> str:
@@ -239,6 +246,8 @@ def set_up(plan: Plan) -> Bench:
             model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, generator=generator)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if settings.shard:
+            shard(model.bare_network(), model.parameters(), plan.processes)
         if settings.drop_text_encoders:
             model.drop_text_encoders([*plan.prompts.text, *plan.eval_prompts.text])
     specs = [*plan.rewards, *plan.held_out]

@@ -128,6 +128,11 @@ class LatentPipeline(Trainable):
             self._twins[net] = twin(net) if twin_pays(net) else net
         return self._twins[net]
 
+    def bare_network(self) -> nn.Module:
+        """The network with its adapter; from now on it is called itself, and no twin."""
+        self.onednn = False
+        return self._network()
+
     def phrases(self, prompts: Sequence[str]) -> Tensor:
         """(B, L) int64: the phrase of each token of cond["prompt_embeds"], -1 for none (start, end, padding, T5's)."""
         length = self.encode(prompts)["prompt_embeds"].shape[1]

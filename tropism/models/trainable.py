@@ -115,6 +115,10 @@ class Trainable(ABC):
         """What is called: the network with its adapter."""
         return self._net if self._trained is None else self._trained.module
 
+    def bare_network(self) -> nn.Module:
+        """The network with its adapter; from now on it is called itself, and no faster stand-in."""
+        return self._network()
+
     # Prompts.
 
     @torch.no_grad()
