@@ -315,3 +315,10 @@ def test_one_step_without_variance_is_only_a_warning(place: Path, capsys: pytest
 
 def test_clock() -> None:
     assert [clock(seconds) for seconds in (4, 75, 3725)] == ["0:04", "1:15", "1:02:05"]
+
+
+def test_how_many_checkpoints_are_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(train_words(out="run", steps="5", eval_every="0", save_total_limit="3"), capsys).code == 0
+    kept = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert [name for name in kept if name != "best"] == ["step-000003", "step-000004", "step-000005"]
+    assert "save_total_limit is 0; wanted at least 1" in said(train_words(save_total_limit="0"), capsys).err

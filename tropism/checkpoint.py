@@ -41,8 +41,9 @@ def save_checkpoint(
     ema: Ema | None = None,
     run: Mapping[str, Any] | None = None,
     name: str = "",
+    limit: int = KEPT,
 ) -> Path:
-    """Writes ``folder/step-<step>``, of which the last two are kept, or ``folder/<name>``. Whole or not at all."""
+    """Writes ``folder/step-<step>``, the last ``limit`` of which stay, or ``folder/<name>``; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / (name or f"step-{step:06}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -63,7 +64,7 @@ def save_checkpoint(
         if final.exists():
             os.replace(final, Path(temporary) / OLD)
         os.replace(new, final)
-    for old in checkpoints(folder)[:-KEPT]:
+    for old in checkpoints(folder)[:-limit]:
         shutil.rmtree(old)
     return final
 

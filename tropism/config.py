@@ -104,7 +104,9 @@ class TrainSettings(HealthSettings):
     out: str | None = None
     """Folder of the run, new or empty; none: runs/METHOD-MODEL-NUMBER."""
     save_every: int = 25
-    """Steps between checkpoints, of which the last two and the best are kept; 0: none but the final adapter."""
+    """Steps between checkpoints; 0: none but the final adapter."""
+    save_total_limit: int = 2
+    """The last so many checkpoints are kept, and the one of the best evaluation."""
     eval_every: int = 20
     """Steps between evaluations; 0: only before and after."""
     eval_prompts: str | None = None
@@ -148,6 +150,7 @@ class TrainSettings(HealthSettings):
         require(self.steps >= 1, "steps", self.steps, "at least 1")
         for name in ("seed", "eval_seed", "save_every", "eval_every", "patience"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.save_total_limit >= 1, "save_total_limit", self.save_total_limit, "at least 1")
         require(self.eval_images >= 2, "eval_images", self.eval_images, "at least 2, and 64 for a useful interval")
         require(self.lora_rank >= 1, "lora_rank", self.lora_rank, "at least 1")
         require(self.lora_alpha is None or self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "at least 1, or none")

@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tropism.base import Prompts
-from tropism.checkpoint import KEPT
 from tropism.config import BadInput, RunFailed, TrainSettings, one_line
 from tropism.data.prompts import batches
 from tropism.evaluate import deterministic, draw_images, first_images
@@ -244,7 +243,7 @@ def check_saving(exam: Exam) -> Row:
         return Row("saving", "what was loaded answers otherwise than what was saved", "fail")
     settings = exam.plan.settings
     evaluations = 2 + (settings.steps // settings.eval_every if settings.eval_every else 0)
-    need = size * (1 + (KEPT + 2) * (5 if settings.ema else 3)) + evaluations * PICTURE_BYTES
+    need = size * (1 + (settings.save_total_limit + 2) * (5 if settings.ema else 3)) + evaluations * PICTURE_BYTES
     home = next(place for place in (exam.plan.out.absolute(), *exam.plan.out.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(home).free
     mib = [f"{count / 2**20:,.0f}" for count in (need, free)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BEST = "best"  # name of the checkpoint with the best evaluation
 FREE = {"steps", "save_every", "eval_every", "patience", "report_to", "threads", "device", "sample_batch"}
-FREE |= {"reward_cache", "drop_text_encoders", "reward_device", "shard"}
+FREE |= {"reward_cache", "drop_text_encoders", "reward_device", "shard", "save_total_limit"}
 FREE |= {field.name for field in fields(HealthSettings)} - {"mixed_precision", "image_size"}
 """What may change between the parts of a run without changing what is learnt (a device only up to rounding)."""
 

@@ -277,7 +277,7 @@ class Run:
         said |= {"flat_groups": self.health.flat, "rollbacks": self.rollbacks, "best": self.best.state_dict()}
         said["prompts"] = fingerprint(self.plan.prompts)
         folder, parts = self.out / "checkpoints", (bench.model, bench.optimizer, bench.method, bench.ema)
-        save_checkpoint(folder, self.at, *parts, said, name)
+        save_checkpoint(folder, self.at, *parts, said, name, self.settings.save_total_limit)
 
     def _record(self, row: dict[str, Any]) -> None:
         if not self.first:
