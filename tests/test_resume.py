@@ -146,12 +146,15 @@ def test_what_cannot_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     refused(go_on, "the prompts (prompts.txt) are not those that run was trained on")
 
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS, KILLED = int(os.environ.get("KILLS", "4")), os.environ.get("KILLED", "ddpo")
 
 
 def test_killed_at_any_moment(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """kill -9, again and again, and in the end the same weights. The moments are drawn anew each time."""
-    words = train_words(steps=str(20 * KILLS), eval_every="4")
+    """kill -9, again and again, and in the end the same weights. The moments are drawn anew each time.
+
+    KILLS=20 KILLED=raft pytest -k killed: more of them, with another method.
+    """
+    words = train_words(KILLED, steps=str(20 * KILLS), eval_every="4")
     assert said([*words, "--out", "whole"], capsys).code == 0
     code = "import sys; from tropism.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -172,7 +175,7 @@ def test_killed_at_any_moment(place: Path, capsys: pytest.CaptureFixture[str]) -
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL
-        arguments = ["train", "ddpo", "--resume", "killed"]
+        arguments = ["train", KILLED, "--resume", "killed"]
     assert killed == KILLS
     assert weights(run) == weights(Path("whole")) and not list(run.rglob(".saving-*"))
     rows = metrics(run)
