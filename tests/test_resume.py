@@ -149,11 +149,12 @@ def test_what_cannot_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> N
 KILLS, KILLED = int(os.environ.get("KILLS", "4")), os.environ.get("KILLED", "ddpo")
 
 
-def test_killed_at_any_moment(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_at_any_moment(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """kill -9, again and again, and in the end the same weights. The moments are drawn anew each time.
 
     KILLS=20 KILLED=raft pytest -k killed: more of them, with another method.
     """
+    monkeypatch.chdir(small_place(tiny_sd3 if KILLED in FLOW else tiny_sd, tmp_path))
     words = train_words(KILLED, steps=str(20 * KILLS), eval_every="4")
     assert said([*words, "--out", "whole"], capsys).code == 0
     code = "import sys; from tropism.cli import main; sys.exit(main(sys.argv[1:]))"
