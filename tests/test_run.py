@@ -317,6 +317,12 @@ def test_clock() -> None:
     assert [clock(seconds) for seconds in (4, 75, 3725)] == ["0:04", "1:15", "1:02:05"]
 
 
+def test_the_end_is_a_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(train_words(out="run", steps="3", eval_every="0", save_every="2"), capsys).code == 0
+    assert sorted(path.name for path in Path("run/checkpoints").glob("step-*")) == ["step-000002", "step-000003"]
+    assert said(["train", "ddpo", "--resume", "run", "--steps", "4"], capsys).code == 0
+
+
 def test_how_many_checkpoints_are_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said(train_words(out="run", steps="5", eval_every="0", save_total_limit="3"), capsys).code == 0
     kept = sorted(path.name for path in Path("run/checkpoints").iterdir())

@@ -104,7 +104,7 @@ class TrainSettings(HealthSettings):
     out: str | None = None
     """Folder of the run, new or empty; none: runs/METHOD-MODEL-NUMBER."""
     save_every: int = 25
-    """Steps between checkpoints; 0: none but the final adapter."""
+    """Steps between checkpoints, of which one is at the end; 0: none but the final adapter."""
     save_total_limit: int = 2
     """The last so many checkpoints are kept, and the one of the best evaluation."""
     eval_every: int = 20

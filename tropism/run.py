@@ -252,7 +252,7 @@ class Run:
         stopping, saves = self.bench.processes.any(self.stop_asked()) and not last, self.settings.save_every
         if better and saves:
             self._checkpoint(BEST)
-        if stopping or (saves and self.at % saves == 0):
+        if stopping or (saves and (last or self.at % saves == 0)):
             self._checkpoint()
         if stopping:
             raise Interrupted("stopped when asked to")
