@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,15 +19,15 @@ Place = tuple[Any, str, str]
 """A function as (holder, attribute), and the phase that its seconds belong to."""
 
 
-class Timed:
+class Timed(ABC):
     """What both sides are: a network and an optimizer to count, places to clock."""
 
     network: Any
     optimizer: Any
 
+    @abstractmethod
     def places(self) -> Sequence[Place]:
         """What has a clock in ``phases``."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def phases(self) -> Iterator[Counter[str]]:
@@ -37,6 +38,19 @@ class Timed:
             yield found
         for hook in hooks:
             hook.remove()
+
+
+def trl_config(args: argparse.Namespace, lr: float) -> dict[str, Any]:
+    """What the configurations of TRL's two trainers have in common."""
+    return {
+        "seed": args.seed,
+        "mixed_precision": "bf16" if args.precision == "bf16" else "no",
+        "save_freq": 10**9,
+        "sample_num_steps": args.steps,
+        "sample_guidance_scale": args.guidance,
+        "train_batch_size": args.batch,
+        "train_learning_rate": lr,
+    }
 
 
 class Trl(Timed):

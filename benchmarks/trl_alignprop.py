@@ -39,14 +39,8 @@ def trl(args: argparse.Namespace) -> sides.Trl:
     from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
     config = AlignPropConfig(
-        seed=args.seed,
-        mixed_precision="bf16" if args.precision == "bf16" else "no",
-        save_freq=10**9,
-        sample_num_steps=args.steps,
-        sample_guidance_scale=args.guidance,
-        train_batch_size=args.batch,
+        **sides.trl_config(args, LR),
         train_gradient_accumulation_steps=args.images // args.batch,
-        train_learning_rate=LR,
         truncated_backprop_rand=False,
         truncated_backprop_timestep=args.steps - args.window,
     )

@@ -36,16 +36,10 @@ def trl(args: argparse.Namespace) -> sides.Trl:
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
     config = DDPOConfig(
-        seed=args.seed,
-        mixed_precision="bf16" if args.precision == "bf16" else "no",
-        save_freq=10**9,
-        sample_num_steps=args.steps,
-        sample_guidance_scale=args.guidance,
+        **sides.trl_config(args, LR),
         sample_batch_size=args.batch,
         sample_num_batches_per_epoch=args.images // args.batch,
-        train_batch_size=args.batch,
         train_gradient_accumulation_steps=args.images // args.batch // args.updates,
-        train_learning_rate=LR,
     )
     pipeline = DefaultDDPOStableDiffusionPipeline(args.pipeline)
     trainer = DDPOTrainer(config, worker.trl_reward, worker.TurningPrompts(args.images), pipeline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,27 +89,19 @@ def fill(part: str, value: float) -> Callable[[Path, pytest.MonkeyPatch], None]:
     return change
 
 
-def wrong_ratio(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network answers otherwise in training than in sampling."""
-    plain = DDPO.rollout
+def off_by(field: str, much: float) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    """A field of every rollout is off by so much."""
 
-    def rollout(method: DDPO, batch: Any) -> Any:
-        found = plain(method, batch)
-        object.__setattr__(found, "log_prob", found.log_prob + 10)
-        return found
+    def change(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = DDPO.rollout
 
-    monkeypatch.setattr(DDPO, "rollout", rollout)
+        def rollout(method: DDPO, batch: Any) -> Any:
+            found = plain(method, batch)
+            return replace(found, **{field: getattr(found, field) + much})
 
+        monkeypatch.setattr(DDPO, "rollout", rollout)
 
-def wrong_credit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = DDPO.rollout
-
-    def rollout(method: DDPO, batch: Any) -> Any:
-        found = plain(method, batch)
-        object.__setattr__(found, "advantage", found.advantage + 0.5)
-        return found
-
-    monkeypatch.setattr(DDPO, "rollout", rollout)
+    return change
 
 
 def moving_reference(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +146,8 @@ def nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (fill("vae", 0.0), {}, "pictures", "2 of 2 are black or of one colour"),
         (fill("vae", math.nan), {}, "pictures", "not finite"),
         (fill("unet", math.nan), {}, "pictures", "not finite"),
-        (wrong_ratio, {}, "update", "the log-ratio to the acting policy is"),
-        (wrong_credit, {"group_relative": ""}, "advantages", "sums of groups at most 1.0e+00"),
+        (off_by("log_prob", 10), {}, "update", "the log-ratio to the acting policy is"),
+        (off_by("advantage", 0.5), {"group_relative": ""}, "advantages", "sums of groups at most 1.0e+00"),
         (moving_reference, {}, "update", "the reference moved as well"),
         (small_disk, {}, "saving", "MiB of 0 free"),
         (small_memory, {}, "memory", "in backward; lower it by minibatch"),

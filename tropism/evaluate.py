@@ -95,10 +95,10 @@ def evaluate(policy: Policy, reward: Weighted, prompts: Prompts, seed: int = 0) 
     images, scores = list[Tensor](), list[dict[str, Tensor]]()
     processes, count = policy.processes, len(prompts.text)
     mine = processes.share(torch.arange(count))
-    rows = iter(mine.split(policy.microbatch))
-    for batch in draw_images(policy.with_(processes=ALONE), pick(prompts, mine).text, seed, mine):
+    drawn = draw_images(policy.with_(processes=ALONE), pick(prompts, mine).text, seed, mine)
+    for rows, batch in zip(mine.split(policy.microbatch), drawn, strict=True):
         check_finite_pictures(batch)
-        own = pick(prompts, next(rows))
+        own = pick(prompts, rows)
         parts = reward.parts(batch, own.text, **own.columns)
         images.append(batch.float().cpu())
         scores.append({name: values.detach().float().cpu() for name, values in parts.items()})

@@ -11,7 +11,7 @@ from tropism.pages.charts import Chart, Series, chart
 from tropism.pages.facts import Run, read_run
 from tropism.pages.render import check_html, write_page
 from tropism.pages.settings import ReportSettings
-from tropism.pages.verdict import judge
+from tropism.pages.verdict import Verdict, judge
 
 FILE = "report.html"
 STATISTICS = (
@@ -26,8 +26,9 @@ def run_report(settings: ReportSettings) -> Path:
     """Writes the page again, and prints the verdict."""
     if not settings.run:
         raise BadInput("report wants the folder of a run, as in: tropism report runs/ddpo-scenes-1")
-    file = write_report(Path(settings.run), None if settings.out is None else check_html(settings.out))
-    verdict = judge(read_run(settings.run))
+    out, run = None if settings.out is None else check_html(settings.out), read_run(settings.run)
+    verdict = judge(run)
+    file = _write(run, verdict, out)
     print("\n".join([verdict.line, *(f"warning: {text}" for text in verdict.warnings), f"written to {file}"]))
     return file
 
@@ -35,15 +36,19 @@ def run_report(settings: ReportSettings) -> Path:
 def write_report(folder: Path, file: Path | None = None) -> Path:
     """The page of the run in a folder. Raises BadInput for what is no run."""
     run = read_run(folder)
-    return write_page("report.html.j2", file or run.folder / FILE, **page(run))
+    return _write(run, judge(run), file)
 
 
-def page(run: Run) -> dict[str, Any]:
+def _write(run: Run, verdict: Verdict, file: Path | None) -> Path:
+    return write_page("report.html.j2", file or run.folder / FILE, **page(run, verdict))
+
+
+def page(run: Run, verdict: Verdict) -> dict[str, Any]:
     """What the template shows."""
     return {
         "run": run,
         "title": f"{run.name}: {run.method} on {run.config.get('model')}",
-        "verdict": judge(run),
+        "verdict": verdict,
         "rewards": [_reward_row(run, name) for name in run.weights],
         "total": _total_row(run) if len(run.trained) != 1 or run.weights[run.trained[0]] != 1 else None,
         "curves": kept(_curves(run)),
