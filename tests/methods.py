@@ -145,7 +145,7 @@ def fit(
     adamw = functools.partial(torch.optim.AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     work = batches(PromptSet(PROMPTS), settings.prompts_per_step, settings.images_per_prompt, seed)
     chosen = (optimizer or adamw)(model.parameters())
-    train(method, work, chosen, steps=steps, max_norm=settings.max_grad_norm, hooks=hooks)
+    train(method, work, chosen, steps=steps, max_norm=settings.max_grad_norm, hooks=hooks, rate=settings.rate)
     return method
 
 

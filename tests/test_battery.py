@@ -15,6 +15,7 @@ import pkgutil
 
 import pytest
 import torch
+from distillers import DISTILLED, apart, drawn, taught
 from methods import PROMPTS, ROWS, Off, Row, batch, evaluate, fit, toy, weights
 from torch import Tensor
 
@@ -27,7 +28,9 @@ from tropism.train import NonFinite, NothingToLearn, train
 
 SAME = 1e-12  # relative; measured: 6e-14
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)
-each = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+rewarded = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+distilled = pytest.mark.parametrize("row", DISTILLED, ids=lambda row: row.name)
+each = pytest.mark.parametrize("row", [*ROWS, *DISTILLED], ids=lambda row: row.name)
 
 
 def built(row: Row, model, reward=None, seed=0):
@@ -53,16 +56,29 @@ def test_every_method_has_a_row():
         importlib.import_module(f"tropism.methods.{m.name}") for m in pkgutil.iter_modules(tropism.methods.__path__)
     ]
     files = {module.__name__ for module in modules if hasattr(module, "Settings")}
-    assert files == {type(row.settings).__module__ for row in ROWS}
+    assert files == {type(row.settings).__module__ for row in [*ROWS, *DISTILLED]}
 
 
-@each
+@rewarded
 def test_learns(row):
     model = toy(row.target)
     before = evaluate(model, Off())
     fit(row, model, Off(), row.steps)
     after = evaluate(model, Off())
     assert -0.55 < before < -0.35 and after > row.floor, f"{before:.3f} -> {after:.3f}, wanted {row.floor}"
+
+
+@distilled
+def test_students_learn(row):
+    """Below the ceilings, which are below what the untrained student does."""
+    model = toy(row.target)
+    untrained, goal = row.build(model, Off(), torch.Generator().manual_seed(0)), taught(model)
+    start = {moves: apart(drawn(untrained.policy.with_(steps=moves)), goal) for moves, _ in row.ceilings}
+    method = fit(row, model, Off(), row.steps)
+    assert row.ceilings
+    for moves, ceiling in row.ceilings:
+        end = apart(drawn(method.policy.with_(steps=moves)), goal)
+        assert end < ceiling < start[moves], f"{moves} moves: {start[moves]:.3f} -> {end:.3f}, wanted {ceiling}"
 
 
 def ragged(count: int, parts: int) -> int:
@@ -128,7 +144,7 @@ def interleaved(rounds: int, missing: int) -> Prompts:
     return Prompts(rows.text, torch.arange(8).repeat(rounds), {"missing": gone})
 
 
-@each
+@rewarded
 def test_images_without_a_score_are_as_if_they_were_not_there(row):
     """No gradient, no share in any statistic or count: the update is that of the batch without them."""
     with_them = one_step(row, interleaved(6, missing=2), updates=1)
@@ -136,7 +152,7 @@ def test_images_without_a_score_are_as_if_they_were_not_there(row):
     assert without.norm() > 0 and distance(with_them, without) < SAME
 
 
-@each
+@rewarded
 def test_metrics_leave_missing_scores_out(row):
     seen = []
     model = toy(row.target)

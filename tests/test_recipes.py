@@ -17,7 +17,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 def method_of(file: Path) -> str:
     """As its first line says."""
     words = file.read_text(encoding="utf-8").split("\n")[0].split()
-    assert words[:3] == ["#", "tropism", "train"] and words[4:] == ["--config", f"recipes/{file.name}"]
+    assert words[:2] == ["#", "tropism"] and words[4:] == ["--config", f"recipes/{file.name}"]
+    assert words[2] == ("distill" if words[3] in catalog.distilling() else "train")
     return words[3]
 
 

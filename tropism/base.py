@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from tropism.randomness import Randomness
 
 Cond = Mapping[str, Tensor]
 """What a denoiser is conditioned on: named tensors that all have the batch as their first dimension."""
+
+
+Hops = Literal["consistency", "ode"]
+"""How a few-step model moves: it noises its answer again, or follows the path."""
 
 
 def take(cond: Cond, index: Tensor) -> dict[str, Tensor]:
@@ -222,4 +226,22 @@ class TextToImage(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the denoiser is the model as it was before training."""
+        ...
+
+
+class Distillable(TextToImage, Protocol):
+    """A model that can also be drawn with in few moves."""
+
+    def few_step(self, hops: Hops, steps: int) -> Self:
+        """The same network, and what is trained in it, drawn with in ``steps`` unguided moves on even times.
+
+        Raises ValueError for a model that is made for few steps already.
+        """
+        ...
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> clean latents (B, C, h, w), without gradients: ``decode`` backwards.
+
+        Raises ValueError where there is no encoder, and for images of another size.
+        """
         ...

@@ -1,7 +1,8 @@
 """Checkpoints: everything the next step needs, as safetensors and JSON, written to a temporary name and renamed.
 
 A checkpoint is a folder with the adapter (as ``save_adapter`` writes it, so it can be drawn with),
-``state.safetensors`` (the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``) and
+``state.safetensors`` (the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``,
+``target/<name>``) and
 ``state.json`` (the step, the optimizer's settings, what the method remembers, and what the run says of itself). With
 an average of the weights its ``adapter`` folder has them averaged, as they were evaluated.
 """
@@ -52,6 +53,8 @@ def save_checkpoint(
         tensors, settings = optimizer_state(optimizer)
         if (generator := _generator(method)) is not None:
             tensors["generator"] = generator.get_state()
+        if (target := _target(method)) is not None:
+            tensors |= {f"target/{key}": value for key, value in target.state_dict().items()}
         if ema is not None:
             tensors |= {f"ema/{key}": value for key, value in ema.state_dict().items()}
             with ema.swapped():
@@ -83,8 +86,8 @@ def load_checkpoint(
         step, settings, remembered, run = (state[name] for name in ("step", "optimizer", "method", "run"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {folder} is not whole ({error}); go on from another") from error
-    generator = _generator(method)
-    wanted = {"generator": generator is not None, "ema/updates": ema is not None}
+    generator, target = _generator(method), _target(method)
+    wanted = {"generator": generator is not None, "ema/updates": ema is not None, "target/updates": target is not None}
     for name, needed in wanted.items():
         if needed != (name in tensors):
             raise ValueError(
@@ -99,6 +102,8 @@ def load_checkpoint(
         generator.set_state(tensors["generator"])
     if ema is not None:
         ema.load_state_dict(under("ema", tensors))
+    if target is not None:
+        target.load_state_dict(under("target", tensors))
     for name, holder in holders.items():
         holder.load_state_dict(remembered[name])
     return {"step": step, **run}
@@ -149,6 +154,12 @@ def method_holders(method: Any) -> dict[str, Any]:
     stats = getattr(getattr(method, "credit", None), "stats", None)
     holders: dict[str, Any] = {"method": method, "statistics": stats}
     return {name: holder for name, holder in holders.items() if hasattr(holder, "state_dict")}
+
+
+def _target(method: Any) -> Ema | None:
+    """The average of the student that a distillation compares it with, if it has one."""
+    found = getattr(method, "target", None)
+    return found if hasattr(found, "swapped") else None
 
 
 def _generator(method: Any) -> torch.Generator | None:

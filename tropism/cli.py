@@ -132,6 +132,7 @@ def _dispatch(words: list[str]) -> int:
     special: Mapping[str, Callable[[list[str]], None]] = {
         "demo": _demo,
         "train": _train,
+        "distill": _distill,
         "doctor": _doctor,
         "methods": _methods,
     }
@@ -156,6 +157,7 @@ def _help() -> str:
     lines = {
         "demo": "train a small model that comes with the package, in minutes",
         "train METHOD": "train a model (tropism train METHOD --help lists the settings)",
+        "distill METHOD": "make a model that draws in one to eight moves (tropism distill --help lists the methods)",
         "doctor METHOD": "look for what is wrong with a run before it is started; settings as for train",
         **{" ".join([name, each.leading.upper()]).strip(): each.line for name, each in COMMANDS.items()},
         "methods": "list the methods and their settings",
@@ -195,13 +197,21 @@ def _read(kind: type[Any], words: Sequence[str], command: str, description: str)
     return kind(**flags.read(parser, settings, words))
 
 
-def _train(words: list[str]) -> None:
-    if _listed(words, "train"):
+def _distill(words: list[str]) -> None:
+    from tropism import catalog
+
+    if words and not words[0].startswith("-") and not getattr(catalog.method_settings(words[0]), "distils", False):
+        raise BadInput(f"{words[0]} makes no model for few steps; wanted tropism train {words[0]}")
+    _train(words, "distill")
+
+
+def _train(words: list[str], command: str = "train") -> None:
+    if _listed(words, command):
         return
     from tropism.resume import with_its_config
 
     own = words[1:] if _asks_help(words) else with_its_config(words[1:], words[0].replace("_", "-"))
-    found = _train_settings(words[0], own, "train")
+    found = _train_settings(words[0], own, command)
     if found is not None:
         from tropism.commands import run_train
 
@@ -224,7 +234,7 @@ def _listed(words: list[str], command: str) -> bool:
 
     if words and not words[0].startswith("-"):
         return False
-    methods = ", ".join(catalog.method_names())
+    methods = ", ".join(catalog.distilling() if command == "distill" else catalog.method_names())
     if not _asks_help(words):
         raise BadInput(f"{command} wants a method first; wanted one of {methods}")
     from tropism import flags

@@ -107,11 +107,18 @@ def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
     model = load(settings.model, settings, device)
     if adapter is not None:
         with as_bad_input(ValueError, OSError):
-            if (adapter / model.part).is_dir():
-                model.train_full()
-            model.load_adapter(adapter)
+            model = with_adapter(model, adapter)
     steps = model.steps if settings.inference_steps is None else settings.inference_steps
     return model, deterministic(model, steps, settings.guidance_scale, settings.batch_size)
+
+
+def with_adapter(model: Trainable, adapter: Path) -> Trainable:
+    """The model with what was trained, drawn with as that was made for. Raises ValueError or OSError."""
+    if (adapter / model.part).is_dir():
+        model.train_full()
+    model.load_adapter(adapter)
+    told = catalog.told(adapter)
+    return model.few_step(told["hops"], int(told["steps"])) if "hops" in told else model
 
 
 def adapter_folder(name: str, setting: str = "adapter") -> Path:

@@ -108,11 +108,12 @@ class ConsistencyDenoiser:
 
     c_skip = d^2 / (r^2 + d^2), c_out = r / sqrt(r^2 + d^2), with d = sigma_data and r = timestep_scaling * the
     network's timestep (2303.01469, eq. 5, in the discrete form of latent consistency models, 2310.04378). The noise
-    half follows from f.
+    half follows from f. ``timestep_scaling`` None takes the inner x0 as it is, as diffusers' FlowMatchLCMScheduler
+    does: on a straight path x0 = x - t v has the boundary condition by itself.
     """
 
     inner: Denoiser
-    timestep_scaling: float = 10.0
+    timestep_scaling: float | None = 10.0
     sigma_data: float = 0.5
 
     @property
@@ -127,6 +128,8 @@ class ConsistencyDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, ...), t (B,). Raises TypeError when the schedule has no net_time."""
+        if self.timestep_scaling is None:
+            return self.inner(x, t, cond)
         x = x.float()
         scaled = net_time(self.schedule, t).float() * self.timestep_scaling
         total = scaled**2 + self.sigma_data**2

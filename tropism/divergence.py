@@ -16,20 +16,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tropism.base import Kernel, TextToImage, take
+from tropism.base import TextToImage, take
 from tropism.policy import Policy
 from tropism.randomness import row_generators, row_seeds
-from tropism.samplers import FlowSDE, solver
-from tropism.schedules import RectifiedFlow
+from tropism.samplers import stochastic_solver
 
 NOISE_LEVEL = 0.7
 
 
 def stochastic(model: TextToImage, steps: int, microbatch: int = 16) -> Policy:
     """The policy that KL is measured with."""
-    flow = isinstance(model.denoiser.schedule, RectifiedFlow)
-    kernel: Kernel = FlowSDE(NOISE_LEVEL) if flow else solver(model.denoiser, 1.0)
-    return Policy(model, kernel, steps, microbatch=microbatch)
+    return Policy(model, stochastic_solver(model.denoiser, 1.0, NOISE_LEVEL), steps, microbatch=microbatch)
 
 
 @torch.no_grad()

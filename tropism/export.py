@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tropism import catalog
-from tropism.commands import adapter_folder
+from tropism.commands import adapter_folder, with_adapter
 from tropism.config import BadInput, DeviceSettings, ExportSettings, RunFailed, one_line, read_config
 from tropism.export_card import Exported, render
 from tropism.export_header import Facts, header
@@ -150,9 +150,7 @@ def _merged(source: Source, name: str, dtype: torch.dtype) -> Any:
     """What writes the whole pipeline into a folder. Raises BadInput for what cannot be loaded."""
     model = load(name, DeviceSettings(), torch.device("cpu"))
     with as_bad_input(*UNSOUND):
-        if (source.weights / model.part).is_dir():
-            model.train_full()
-        model.load_adapter(source.weights)
+        model = with_adapter(model, source.weights)
     return lambda folder: catalog.exporter(name).save_merged(model, folder, dtype)
 
 

@@ -16,6 +16,7 @@ from tropism import catalog
 from tropism.catalog import RewardSpec
 from tropism.config import BadInput, DeviceSettings, PlaceSettings, TrainSettings, one_line, require, suggest
 from tropism.data.prompts import PromptSet
+from tropism.distillation import Before
 from tropism.evaluate import deterministic, first_images
 from tropism.health import Watched
 from tropism.log import check_trackers
@@ -256,24 +257,42 @@ def set_up(plan: Plan) -> Bench:
     reward = Weighted(judged.rewards[: len(plan.rewards)], name=judged.name)
     watched = Watched(reward)
     with as_bad_input(ValueError, TypeError):
-        method = plan.method_settings.build(model, watched, torch.Generator().manual_seed(settings.seed + 1))
+        generator = torch.Generator().manual_seed(settings.seed + 1)
+        method = plan.method_settings.build(model, watched, generator, **_pictures(plan))
     with as_bad_input(ValueError, TypeError, prefix=f"{plan.method} does not suit the model {settings.model}: "):
         _try_one_move(method, plan.prompts.text[0])
-    method.policy = method.policy.with_(processes=plan.processes)
+    for name in ("policy", "teacher"):
+        if hasattr(method, name):
+            setattr(method, name, getattr(method, name).with_(processes=plan.processes))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.method_settings.learning_rate, weight_decay=plan.method_settings.weight_decay
     )
     best_by = names.get(str(settings.best_by), str(settings.best_by))
-    ema, evaluator = _ema(model, settings.ema), _evaluator(plan, model, judged)
-    return Bench(model, reward, method, optimizer, ema, watched, plan.processes, evaluator, f"eval_{best_by}")
+    ema, evaluator = _ema(model, settings.ema), _evaluator(plan, model, method, judged)
+    trained = method.policy.model if distils(plan.method_settings) else model
+    return Bench(trained, reward, method, optimizer, ema, watched, plan.processes, evaluator, f"eval_{best_by}")
 
 
-def _evaluator(plan: Plan, model: Trainable, judged: Weighted) -> Evaluator:
+def _pictures(plan: Plan) -> dict[str, Any]:
+    """What a method that learns from pictures is given besides. Raises ValueError where there are none."""
+    if not getattr(plan.method_settings, "needs_pictures", False):
+        return {}
+    return {"pictures": catalog.pictures(str(plan.settings.prompts), plan.prompts)}
+
+
+def distils(method_settings: Any) -> bool:
+    """Whether the method makes a model for few steps; then what it began with is the teacher."""
+    return bool(getattr(method_settings, "distils", False))
+
+
+def _evaluator(plan: Plan, model: Trainable, method: Any, judged: Weighted) -> Evaluator:
     settings, rows = plan.settings, plan.eval_prompts
     policy = deterministic(model, model.steps, None, plan.method_settings.sample_batch)
-    policy = policy.with_(processes=plan.processes)
+    before = policy = policy.with_(processes=plan.processes)
+    if distils(plan.method_settings):
+        policy, before = method.policy, policy.with_(model=Before(model))
     few = first_images(rows, PROMPTS, REPEATS)
-    return Evaluator(policy, judged, first_images(rows, settings.eval_images), few, settings.eval_seed)
+    return Evaluator(policy, judged, first_images(rows, settings.eval_images), few, settings.eval_seed, before)
 
 
 def build_rewards(

@@ -181,6 +181,7 @@ class Run:
                     max_norm=policy.max_grad_norm,
                     hooks=[self._on_step],
                     processes=self.bench.processes,
+                    rate=policy.rate,
                 )
             except NothingToLearn as error:
                 self._skip(error)
@@ -190,6 +191,7 @@ class Run:
     def _roll_back(self, error: Exception) -> None:
         """To the last checkpoint, with half the learning rate. Raises ``error`` where that is not wanted."""
         saved, optimizer = checkpoints(self.out / "checkpoints"), self.bench.optimizer
+        policy = self.plan.method_settings
         if self.settings.on_trouble != "rollback" or not saved:
             raise error
         if self.rollbacks == ROLLBACKS:
@@ -198,7 +200,8 @@ class Run:
         kept = self._load(saved[-1])
         self.rollbacks += 1
         for group in optimizer.param_groups:
-            group["lr"] *= 0.5 ** (self.rollbacks - kept["rollbacks"])
+            group["initial_lr"] = group.get("initial_lr", group["lr"]) * 0.5 ** (self.rollbacks - kept["rollbacks"])
+            group["lr"] = group["initial_lr"] * policy.rate(self.at + 1, self.settings.steps)
         self._restore(kept)
         rate = float(optimizer.param_groups[0]["lr"])
         self.progress.say(f"{one_line(error)}: going back to step {self.at}, with a learning rate of {rate:g}")

@@ -34,6 +34,8 @@ class Step:
 
 
 Hook = Callable[[Step], None]
+Rate = Callable[[int, int], float]
+"""rate(batch, from 1, of how many) -> what the learning rate is multiplied by."""
 
 
 @dataclass
@@ -116,10 +118,12 @@ def train(
     max_norm: float = 1.0,
     hooks: Sequence[Hook] = (),
     processes: Processes = ALONE,
+    rate: Rate | None = None,
 ) -> None:
     """Batches of experience ``first`` + 1 to ``steps``; an optimizer step after each update that the method yields.
 
-    ``max_norm`` 0 does not clip. Hooks see each finished batch, in order.
+    ``max_norm`` 0 does not clip. ``rate`` says by what the learning rate is multiplied in a batch. Hooks see
+    each finished batch, in order.
 
     Raises NonFinite, before anything is stepped, on a loss or gradient that is not finite; NothingToLearn when no image
     of a batch is better or worse than another.
@@ -127,6 +131,9 @@ def train(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, batch in zip(range(first + 1, steps + 1), batches, strict=False):
         started = time.perf_counter()
+        if rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * rate(number, steps)
         sums, info, norms = _one_batch(method, batch, optimizer, parameters, max_norm, number, processes)
         metrics = {**_of_all(sums, info, processes), "grad_norm": sum(norms) / len(norms), "updates": float(len(norms))}
         seconds = time.perf_counter() - started

@@ -31,28 +31,41 @@ class Sight:
     evaluation: Evaluation
     statistics: Mapping[str, Tensor]  # by name, (N,), of the evaluation's images
     diversity: Tensor  # (prompts,)
-    kl: Tensor  # (chains,) nats
+    kl: Tensor  # (chains,) nats; none of a distillation
     weights: Mapping[str, float]  # of each reward in the sum; 0 is held out
     seconds: float
 
 
 class Evaluator:
-    """Evaluates a model at equal seeds, again and again. ``few`` has the rows of diversity and KL, prompt by prompt."""
+    """Evaluates a model at equal seeds, again and again. ``few`` has the rows of diversity and KL, prompt by prompt.
 
-    def __init__(self, policy: Policy, reward: Weighted, prompts: Prompts, few: Prompts, seed: int) -> None:
+    ``before`` is the policy of the reference, where that is another one: a distillation's teacher. Student and teacher
+    have no chains in common, so there is no KL.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Weighted,
+        prompts: Prompts,
+        few: Prompts,
+        seed: int,
+        before: Policy | None = None,
+    ) -> None:
         self.policy, self.reward, self.prompts, self.few, self.seed = policy, reward, prompts, few, seed
-        self.probe = stochastic(policy.model, policy.steps, policy.microbatch)
+        self.before = policy if before is None else before
 
     @torch.no_grad()
     def look(self, moved: bool = True) -> Sight:
         """The model as it is; not ``moved`` says that it is the reference."""
-        started = time.perf_counter()
-        evaluation = evaluate(self.policy, self.reward, self.prompts, self.seed)
-        latents, kl = chains_with_kl(self.probe, self.few.text, self.seed, moved)
-        apart = diversity(self.probe.decode(latents).float().cpu(), REPEATS)
+        started, policy = time.perf_counter(), self.policy if moved else self.before
+        evaluation = evaluate(policy, self.reward, self.prompts, self.seed)
+        probe, same = stochastic(policy.model, policy.steps, policy.microbatch), self.before is self.policy
+        latents, kl = chains_with_kl(probe, self.few.text, self.seed, moved and same)
+        apart = diversity(probe.decode(latents).float().cpu(), REPEATS)
         statistics = pixel_statistics(evaluation.images)
         weights = {reward.name: weight for reward, weight in self.reward.rewards}
-        return Sight(evaluation, statistics, apart, kl, weights, time.perf_counter() - started)
+        return Sight(evaluation, statistics, apart, kl if same else kl[:0], weights, time.perf_counter() - started)
 
 
 def diversity(images: Tensor, repeats: int) -> Tensor:
@@ -71,7 +84,9 @@ def metrics_row(before: Sight, now: Sight | None) -> dict[str, float]:
     seen = now or before
     row = {f"eval_{name}": float(values.mean()) for name, values in seen.statistics.items()}
     row |= {f"eval_{name}": interval(values).mean for name, values in seen.evaluation.parts.items()}
-    row |= {"eval_diversity": float(seen.diversity.mean()), "eval_kl": float(seen.kl.mean())}
+    row["eval_diversity"] = float(seen.diversity.mean())
+    if len(seen.kl):
+        row["eval_kl"] = float(seen.kl.mean())
     total = interval(seen.evaluation.total)
     row |= {"eval_reward": total.mean, "eval_reward_low": total.low, "eval_reward_high": total.high}
     row["eval_seconds"] = round(seen.seconds, 3)

@@ -4,7 +4,7 @@ Methods are found, not registered: every module of ``tropism.methods`` with a ``
 are called ``check_...`` load nothing; what they accept can still fail to load, with a sentence of its own.
 """
 
-from tropism.catalog.methods import method_names, method_settings
+from tropism.catalog.methods import distilling, method_names, method_settings
 from tropism.catalog.models import (
     SHIPPED,
     WEIGHTS,
@@ -13,8 +13,9 @@ from tropism.catalog.models import (
     exporter,
     families,
     load_model,
+    told,
 )
-from tropism.catalog.prompts import own_prompts, read_prompt_set
+from tropism.catalog.prompts import own_prompts, pictures, read_prompt_set
 from tropism.catalog.rewards import (
     RewardSpec,
     build_reward,
@@ -38,6 +39,7 @@ __all__ = [
     "check_model",
     "check_rewards",
     "describe_model",
+    "distilling",
     "exporter",
     "families",
     "load_model",
@@ -47,7 +49,9 @@ __all__ = [
     "own_rewards",
     "packaged_rewards",
     "parse_reward",
+    "pictures",
     "read_prompt_set",
     "reward_version",
     "sample_pictures",
+    "told",
 ]

@@ -12,6 +12,7 @@ from tropism.config import BadInput, suggest
 if TYPE_CHECKING:
     pass
 
+BASE = "DistillationSettings"  # which their settings extend
 METHODS = Path(__file__).parents[1] / "methods"
 
 
@@ -23,6 +24,12 @@ def method_names() -> dict[str, str]:
         if any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in tree.body):
             found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").split("\n")[0]
     return found
+
+
+def distilling() -> list[str]:
+    """The methods that make a model for few steps; nothing is imported."""
+    files = {name: METHODS / f"{name.replace('-', '_')}.py" for name in method_names()}
+    return [name for name, file in files.items() if f"import {BASE}" in file.read_text(encoding="utf-8")]
 
 
 def method_settings(name: str) -> type[Any]:

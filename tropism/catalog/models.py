@@ -107,6 +107,13 @@ def _called(name: str) -> Trainable:
     return made
 
 
+def told(adapter: Path) -> dict[str, Any]:
+    """How an adapter says that it is to be drawn with, if it does. Raises ValueError."""
+    from tropism.models.pipelines import read_told
+
+    return read_told(adapter)
+
+
 def exporter(model: str) -> Any:
     """The module ``tropism.models.exported``. Raises BadInput for a model that is no pipeline."""
     if _is_function(model):

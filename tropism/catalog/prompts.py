@@ -1,4 +1,4 @@
-"""Prompts by name: sets of the scenes world, and files."""
+"""Prompts by name: sets of the scenes world, and files; and what they show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from tropism.catalog.models import SHIPPED
 from tropism.config import BadInput, one_line
 
 if TYPE_CHECKING:
+    from tropism.base import Prompts
     from tropism.data.prompts import PromptSet
+    from tropism.distillation import Pictures
 
 SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
 
@@ -40,3 +42,31 @@ def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
         return PromptSet(captions(int(match["count"] or usual), 0, split, kinds))  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
         raise BadInput(f"{field} is {name}: {one_line(error)}") from error
+
+
+def pictures(name: str, prompts: PromptSet) -> Pictures:
+    """What the prompts show, for methods that learn from data: drawn for captions of scenes, else the files of a
+    column ``image``. Raises BadInput where there are neither."""
+    import torch
+
+    from tropism.data.images import COLUMN, check_files, read_images
+    from tropism.worlds.scenes import parse, render_batch
+
+    if COLUMN in prompts.columns:
+        try:
+            check_files(prompts.columns[COLUMN])
+        except ValueError as error:
+            raise BadInput(f"prompts is {name}: {error}") from error
+        return lambda batch, generator: read_images([str(path) for path in batch.columns[COLUMN]])
+    if SCENES_PROMPTS.fullmatch(name) is None:
+        raise BadInput(
+            f"prompts is {name}, without pictures to learn from; wanted .jsonl rows with a column {COLUMN}, the path "
+            "of a picture"
+        )
+
+    def drawn(batch: Prompts, generator: torch.Generator) -> torch.Tensor:
+        seeds = torch.randint(2**31, (len(batch.text),), generator=generator).numpy()
+        pixels = torch.from_numpy(render_batch([parse(text) for text in batch.text], seeds))
+        return pixels.permute(0, 3, 1, 2).float() / 255
+
+    return drawn

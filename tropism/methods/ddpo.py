@@ -30,8 +30,7 @@ from tropism.overlap import scored_chains
 from tropism.policy import Policy, reward_statistics
 from tropism.randomness import row_generators, row_seeds
 from tropism.rollout import Cells, gather, slices, trainable
-from tropism.samplers import FlowSDE, noise_until, solver
-from tropism.schedules import RectifiedFlow
+from tropism.samplers import FlowSDE, noise_until, stochastic_solver
 from tropism.transitions import Gaussian
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -162,10 +161,9 @@ class Settings(PolicyGradientSettings):
 
     def build(self, model: TextToImage, reward: Reward, generator: torch.Generator) -> DDPO:
         """The method on this model."""
-        flow = isinstance(model.denoiser.schedule, RectifiedFlow)
-        kernel: Kernel = FlowSDE() if flow else solver(model.denoiser, self.eta)
+        kernel = stochastic_solver(model.denoiser, self.eta)
         credit: Credit = group_relative if self.group_relative else per_prompt(self.buffer, self.min_count)
-        return build(self, model, reward, generator, kernel, credit, skip_last=flow)
+        return build(self, model, reward, generator, kernel, credit, skip_last=isinstance(kernel, FlowSDE))
 
 
 def build(

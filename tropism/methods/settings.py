@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from tropism.base import Kernel, TextToImage
 from tropism.explore import Exploration
@@ -29,6 +31,10 @@ class MethodSettings:
     sample_batch: int = 64
     """Chains that run at once; bounds memory, never changes what is sampled."""
     learning_rate: float = 3e-4
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate; cosine: falling to 0 over the run."""
+    lr_warmup: int = 0
+    """Steps over which the learning rate rises to its value."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
@@ -40,12 +46,19 @@ class MethodSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a whole number of at least 1")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate is {self.learning_rate}; wanted a number between 0 and 1, such as 3e-4")
+        if self.lr_warmup < 0:
+            raise ValueError(f"lr_warmup is {self.lr_warmup}; wanted 0 or more steps")
         if self.weight_decay < 0 or self.max_grad_norm < 0:
             raise ValueError(
                 f"weight_decay is {self.weight_decay} and max_grad_norm {self.max_grad_norm}; wanted 0 or more"
             )
         if self.guidance_scale is not None and self.guidance_scale < 0:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; wanted 0 or more (1 is no guidance)")
+
+    def rate(self, step: int, steps: int) -> float:
+        """By what the learning rate is multiplied in step 1 to ``steps``."""
+        rising = min(1.0, step / (self.lr_warmup + 1))
+        return rising * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps) if self.lr_schedule == "cosine" else 1.0)
 
     def policy(
         self, model: TextToImage, kernel: Kernel, explore: Exploration | None = None, detach_null: bool = False

@@ -16,15 +16,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
-from tropism.base import Denoiser
+from tropism.base import Denoiser, Hops
 from tropism.denoisers import ConsistencyDenoiser, NetDenoiser, Target
 from tropism.models.latent_pipeline import LatentPipeline
 from tropism.schedules import DDPMTable, ladder_grid, table_grid
 
 TARGETS: dict[str, Target] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 ONE_MORE = ("DPMSolverMulti", "DPMSolverSingle", "UniPC", "DEIS", "SASolver")  # divide the table by steps + 1
+TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 LCM = "LCMScheduler"
 FEW_STEPS = 4  # of a consistency model, as diffusers' LCM pipeline
 
@@ -66,6 +76,15 @@ class DDPMPipeline(LatentPipeline):
         target = TARGETS[config.get("prediction_type", "epsilon")]
         denoiser = NetDenoiser(self.net, DDPMTable(table, last), target, takes_guidance=self.takes_guidance(self.pipe))
         return ConsistencyDenoiser(denoiser, float(config.timestep_scaling)) if is_consistency(self.pipe) else denoiser
+
+    def _few_step_scheduler(self, hops: Hops, steps: int) -> Any:
+        """LCM's, or DDIM's from the last level of the table, on the same betas."""
+        own = self.pipe.scheduler.config
+        kept = {name: own[name] for name in TABLE if own.get(name) is not None}
+        if hops == "consistency":
+            return LCMScheduler(**kept, clip_sample=False)  # type: ignore[no-untyped-call]
+        kept |= {"clip_sample": False, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+        return DDIMScheduler(**kept)  # type: ignore[no-untyped-call]
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) times of the scheduler's timesteps, then 0. Raises ValueError when they leave the table."""

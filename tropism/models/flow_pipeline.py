@@ -6,19 +6,28 @@ import math
 from abc import abstractmethod
 from typing import Any
 
-from tropism.base import Denoiser
-from tropism.denoisers import NetDenoiser
-from tropism.models.latent_pipeline import LatentPipeline
-from tropism.schedules import RectifiedFlow
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from torch import Tensor
 
+from tropism.base import Denoiser, Hops
+from tropism.denoisers import ConsistencyDenoiser, NetDenoiser
+from tropism.models.latent_pipeline import LatentPipeline
+from tropism.schedules import RectifiedFlow, flow_grid
+
+LCM = "FlowMatchLCMScheduler"
+FEW_STEPS = 4
 UNSUPPORTED = (
     "invert_sigmas",
-    "shift_terminal",
     "use_karras_sigmas",
     "use_exponential_sigmas",
     "use_beta_sigmas",
     "stochastic_sampling",
 )
+
+
+def is_consistency(pipe: Any) -> bool:
+    """Whether the network answers with the clean sample at once."""
+    return type(pipe.scheduler).__name__ == LCM
 
 
 class FlowPipeline(LatentPipeline):
@@ -40,15 +49,24 @@ class FlowPipeline(LatentPipeline):
     def check(cls, pipe: Any) -> None:
         """A scheduler that walks the straight path by Euler steps on shifted levels."""
         config = pipe.scheduler.config
-        if type(pipe.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+        if type(pipe.scheduler).__name__ not in ("FlowMatchEulerDiscreteScheduler", LCM):
             raise ValueError(
-                f"{type(pipe.scheduler).__name__} is not supported; wanted FlowMatchEulerDiscreteScheduler"
+                f"{type(pipe.scheduler).__name__} is not supported; wanted FlowMatchEulerDiscreteScheduler or {LCM}"
             )
         chosen = [name for name in UNSUPPORTED if config.get(name)]
         if config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear":
             chosen.append("time_shift_type")
+        if config.get("shift_terminal") and (config.get("use_dynamic_shifting") or pipe.scheduler.shift != 1):
+            chosen.append("shift_terminal")
         if chosen:
             raise ValueError(f"the scheduler config sets {chosen}; wanted levels shifted by shift or by image size")
+
+    @classmethod
+    def defaults(cls, pipe: Any) -> tuple[float, int]:
+        """As the pipeline; few steps of a consistency model, guided only if it takes guidance."""
+        if not is_consistency(pipe):
+            return super().defaults(pipe)
+        return (cls.default_guidance if cls.takes_guidance(pipe) else 1.0), FEW_STEPS
 
     @abstractmethod
     def _patches(self) -> int:
@@ -58,7 +76,28 @@ class FlowPipeline(LatentPipeline):
         config = self.pipe.scheduler.config
         shift = math.exp(self._mu()) if config.get("use_dynamic_shifting") else float(self.pipe.scheduler.shift)
         self._schedule = RectifiedFlow(shift, config.num_train_timesteps)
-        return NetDenoiser(self.net, self._schedule, "flow", takes_guidance=self.takes_guidance(self.pipe))
+        denoiser = NetDenoiser(self.net, self._schedule, "flow", takes_guidance=self.takes_guidance(self.pipe))
+        return ConsistencyDenoiser(denoiser, None) if is_consistency(self.pipe) else denoiser
+
+    def _few_step_scheduler(self, hops: Hops, steps: int) -> Any:
+        """Even levels: ``num_inference_steps=steps`` ends at 1 / steps, and diffusers has no other way to say so."""
+        kind = FlowMatchLCMScheduler if hops == "consistency" else FlowMatchEulerDiscreteScheduler
+        size = self.pipe.scheduler.config.num_train_timesteps
+        return kind(num_train_timesteps=size, shift=1.0, shift_terminal=1 / steps if steps > 1 else None)
+
+    def grid(self, steps: int) -> Tensor:
+        """(steps + 1,) levels from 1 to 0: the scheduler's, or even ones of a pipeline that is made for few steps.
+
+        Those are what diffusers walks by default for as many steps as it was made for; for another number give it
+        ``sigmas=[1, ..., 1 / steps]``.
+        """
+        terminal = self.pipe.scheduler.config.get("shift_terminal")
+        few = self.hops is not None or is_consistency(self.pipe) or terminal
+        return flow_grid(steps, self._schedule.shift, 1 / steps) if few else self._own_grid(steps)
+
+    @abstractmethod
+    def _own_grid(self, steps: int) -> Tensor:
+        """As the pipeline's own scheduler."""
 
     def _mu(self) -> float:
         """The logarithm of the shift at this image size: linear in the number of patches between two anchors."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tropism.base import Cond
 from tropism.denoisers import TOLD
-from tropism.models.flow_pipeline import FlowPipeline
+from tropism.models.flow_pipeline import FEW_STEPS, FlowPipeline
 from tropism.models.latent_pipeline import ALL, About
 from tropism.models.phrases import token_phrases
 from tropism.schedules import flow_grid
@@ -50,7 +50,7 @@ class Flux(FlowPipeline):
     @classmethod
     def defaults(cls, pipe: Any) -> tuple[float, int]:
         """As the pipeline; of schnell as it was published."""
-        return super().defaults(pipe) if cls.takes_guidance(pipe) else (1.0, 4)
+        return super().defaults(pipe) if cls.takes_guidance(pipe) else (1.0, FEW_STEPS)
 
     def _latent_shape(self, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
         usual = int(self.pipe.default_sample_size)
@@ -85,7 +85,7 @@ class Flux(FlowPipeline):
     def _decode_input(self, latents: Tensor) -> Tensor:
         return super()._decode_input(latents) + float(self.pipe.vae.config.shift_factor)
 
-    def grid(self, steps: int) -> Tensor:
+    def _own_grid(self, steps: int) -> Tensor:
         """(steps + 1,): even levels from 1 to 1 / steps, shifted, then 0."""
         return flow_grid(steps, self._schedule.shift, 1 / steps, self._schedule.num_train_timesteps)
 

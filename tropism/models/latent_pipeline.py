@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from tropism.base import Denoiser
+from tropism.base import Denoiser, Hops
 from tropism.models.adapters import Trained
 from tropism.models.onednn import twin, twin_pays
 from tropism.models.phrases import token_phrases
@@ -83,6 +84,10 @@ class LatentPipeline(Trainable):
     @abstractmethod
     def _build_denoiser(self) -> Denoiser: ...
 
+    @abstractmethod
+    def _few_step_scheduler(self, hops: Hops, steps: int) -> Any:
+        """The scheduler with which plain diffusers draws in these moves."""
+
     @classmethod
     def takes_guidance(cls, pipe: Any) -> bool:
         """Whether the network is told the guidance, instead of being asked twice."""
@@ -94,6 +99,7 @@ class LatentPipeline(Trainable):
         return cls.default_guidance, cls.default_steps
 
     def _decode_input(self, latents: Tensor) -> Tensor:
+        """What the vae decodes."""
         return latents / float(self.pipe.vae.config.scaling_factor)
 
     def _latent_shape(self, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
@@ -149,6 +155,33 @@ class LatentPipeline(Trainable):
         scaled = self._decode_input(latents).to(self.pipe.vae.dtype)
         image = self.pipe.vae.decode(scaled, return_dict=False)[0]
         return clamped(image.float() * 0.5 + 0.5)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, C, h, w), the mode of the encoder's law. Raises ValueError for another size."""
+        vae = self.pipe.vae
+        encoded = vae.encode((images.to(self.device) * 2 - 1).to(vae.dtype))
+        found = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        if tuple(found.shape[1:]) != self.latent_shape:
+            raise ValueError(
+                f"pictures of {tuple(images.shape[2:])} pixels give latents {tuple(found.shape[1:])}; wanted "
+                f"{self.latent_shape}: scale them, or give image_size"
+            )
+        return self._encoded(found.float())
+
+    def _encoded(self, latents: Tensor) -> Tensor:
+        """What ``_decode_input`` undoes."""
+        config = self.pipe.vae.config
+        return (latents - float(config.get("shift_factor") or 0.0)) * float(config.scaling_factor)
+
+    def _few_step_view(self, hops: Hops, steps: int) -> Self:
+        view = copy.copy(self)
+        view.pipe = copy.copy(self.pipe)
+        view.pipe.scheduler = self._few_step_scheduler(hops, steps)
+        view.check(view.pipe)
+        view._guidance_scale = self.guidance_scale if self.takes_guidance(self.pipe) else 1.0
+        view.denoiser = view._build_denoiser()
+        return view
 
     # Memory.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tropism.base import Cond
-from tropism.denoisers import NetDenoiser, Target
+from tropism.base import Cond, Hops
+from tropism.denoisers import ConsistencyDenoiser, NetDenoiser, Target
 from tropism.models.trainable import Trainable, clamped
 from tropism.schedules import DDPMTable, NetSchedule, RectifiedFlow, flow_grid, table_grid
 
@@ -98,6 +100,14 @@ class OwnModel(Trainable):
         if isinstance(self._schedule, DDPMTable):
             return table_grid(self._schedule.size, steps, "trailing")
         return torch.linspace(1, 0, steps + 1)
+
+    def _few_step_view(self, hops: Hops, steps: int) -> Self:
+        view = copy.copy(self)
+        view._own_grid, view._guidance_scale = None, 1.0
+        if hops == "consistency":
+            flow = isinstance(self._schedule, RectifiedFlow)
+            view.denoiser = ConsistencyDenoiser(view.denoiser, None if flow else 10.0)
+        return view
 
     def phrases(self, prompts: Sequence[str]) -> Tensor:
         """Raises ValueError: nobody said which of the network's inputs are words."""

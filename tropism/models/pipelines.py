@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import (
@@ -22,6 +22,7 @@ from diffusers import (
 )
 from safetensors import SafetensorError, safe_open
 
+from tropism.base import Hops
 from tropism.models.flux import Flux
 from tropism.models.latent_consistency import LatentConsistency
 from tropism.models.latent_pipeline import LatentPipeline
@@ -30,6 +31,7 @@ from tropism.models.sketch import sketch
 from tropism.models.stable_diffusion import StableDiffusion
 from tropism.models.stable_diffusion_3 import StableDiffusion3
 from tropism.models.stable_diffusion_xl import StableDiffusionXL
+from tropism.models.trainable import DEFAULTS_FILE
 
 FAMILIES: Mapping[type[Any], type[LatentPipeline]] = {
     StableDiffusionPipeline: StableDiffusion,
@@ -44,7 +46,6 @@ DISTILLED: Mapping[str, Mapping[str, float]] = {  # on the hub, where no file sa
     "stabilityai/sd-turbo": {"guidance_scale": 1.0, "steps": 1},
     "stabilityai/sdxl-turbo": {"guidance_scale": 1.0, "steps": 1},
 }
-DEFAULTS_FILE = "tropism.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
 
@@ -121,14 +122,23 @@ def wrap_pipeline(
 
 def read_defaults(folder: Path) -> dict[str, float]:
     """``guidance_scale`` and ``steps`` of ``folder/tropism.json``, or {}. Raises ValueError for any other content."""
+    return {name: value for name, value in read_told(folder).items() if name != "hops"}
+
+
+def read_told(folder: Path) -> dict[str, Any]:
+    """The same, and the ``hops`` of what was distilled."""
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return {}
     content = read_json(file)
-    wrong = sorted(set(content) - {"guidance_scale", "steps"})
+    wrong = sorted(set(content) - {"guidance_scale", "steps", "hops"})
     if wrong:
-        raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale and steps only")
+        raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale, steps and hops only")
+    if content.get("hops", "ode") not in get_args(Hops):
+        raise ValueError(f"{file} gives hops as {content['hops']!r}; wanted one of {', '.join(get_args(Hops))}")
     for name, value in content.items():
+        if name == "hops":
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{file} gives {name} as {value!r}; wanted a positive number")
         if name == "steps" and value != int(value):

@@ -49,7 +49,7 @@ class StableDiffusion3(FlowPipeline):
     def _decode_input(self, latents: Tensor) -> Tensor:
         return super()._decode_input(latents) + float(self.pipe.vae.config.shift_factor)
 
-    def grid(self, steps: int) -> Tensor:
+    def _own_grid(self, steps: int) -> Tensor:
         """(steps + 1,) levels of the scheduler, from 1 to 0; the last above 0 is shifted twice, as in diffusers."""
         last = float(self.pipe.scheduler.sigma_min)
         return flow_grid(steps, self._schedule.shift, last, self._schedule.num_train_timesteps)

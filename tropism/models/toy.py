@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast
-from tropism.denoisers import NetDenoiser, regression_target
-from tropism.schedules import DDPMTable, RectifiedFlow, add_noise, ddpm_table, flow_grid, table_grid
+from tropism.base import Cond, Denoiser, Hops, Prediction, Schedule, bcast
+from tropism.denoisers import ConsistencyDenoiser, NetDenoiser, regression_target
+from tropism.schedules import DDPMTable, RectifiedFlow, Spacing, add_noise, ddpm_table, flow_grid, table_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,11 +200,11 @@ def _places(prompts: Sequence[str], known: Mapping[str, int]) -> list[int]:
     return [known[prompt] for prompt in prompts]
 
 
-def _grid(schedule: Schedule, steps: int) -> Tensor:
+def _grid(schedule: Schedule, steps: int, spacing: Spacing = "leading") -> Tensor:
     if isinstance(schedule, RectifiedFlow):
         return flow_grid(steps, schedule.shift, last=1 / steps)
     if isinstance(schedule, DDPMTable):
-        return table_grid(schedule.size, steps, steps_offset=1)
+        return table_grid(schedule.size, steps, spacing, steps_offset=int(spacing == "leading"))
     return torch.linspace(1, 0, steps + 1)
 
 
@@ -249,18 +249,19 @@ class ToyTextToImage:
     """
 
     latent_shape = (2,)
-    guidance_scale = 2.0
+    guidance_scale: float = 2.0
+    _spacing: Spacing = "leading"
 
     def __init__(self, net: ToyNet, tokens: Tensor, target: Literal["eps", "flow"] = "eps") -> None:
         """``tokens`` (8, 16): four angles, their null, two radii, their null."""
-        self.net, self.tokens = net, tokens
+        self.net, self.tokens, self.target = net, tokens, target
         flow = target == "flow"
         self.schedule = RectifiedFlow() if flow else ddpm_table(1000, 0.00085, 0.012, "scaled_linear")
-        self._frozen, self._reference = copy.deepcopy(net).requires_grad_(False), False
+        self._frozen, self._now = copy.deepcopy(net).requires_grad_(False), {"reference": False}  # views share these
         self.denoiser: Denoiser = NetDenoiser(self._output, self.schedule, target)
 
     def _output(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
-        net = self._frozen if self._reference else self.net
+        net = self._frozen if self._now["reference"] else self.net
         return net(x, number, cond)  # type: ignore[no-any-return]
 
     @classmethod
@@ -311,8 +312,8 @@ class ToyTextToImage:
         return latents
 
     def grid(self, steps: int) -> Tensor:
-        """(steps + 1,): even flow levels, or the table's leading timesteps with offset 1."""
-        return _grid(self.schedule, steps)
+        """(steps + 1,): even flow levels, or the table's leading timesteps with offset 1; of few steps its trailing."""
+        return _grid(self.schedule, steps, self._spacing)
 
     def parameters(self) -> list[nn.Parameter]:
         """All of the network's; the tokens stay as they are."""
@@ -321,11 +322,23 @@ class ToyTextToImage:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the denoiser is the network as it was when this object was made."""
-        before, self._reference = self._reference, True
+        before, self._now["reference"] = self._now["reference"], True
         try:
             yield
         finally:
-            self._reference = before
+            self._now["reference"] = before
+
+    def latents(self, images: Tensor) -> Tensor:
+        """The points themselves, (B, 2)."""
+        return images
+
+    def few_step(self, hops: Hops, steps: int) -> ToyTextToImage:
+        """The same network, unguided; a consistency model noises its answer again."""
+        view = copy.copy(self)
+        view.guidance_scale, view._spacing = 1.0, "trailing"
+        if hops == "consistency":
+            view.denoiser = ConsistencyDenoiser(self.denoiser, None if self.target == "flow" else 10.0)
+        return view
 
 
 def _token_index(prompt: Tensor) -> Tensor:

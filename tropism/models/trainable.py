@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from tropism.base import Cond, Denoiser
-from tropism.denoisers import TOLD
+from tropism.base import Cond, Denoiser, Hops
+from tropism.denoisers import TOLD, ConsistencyDenoiser
 from tropism.models.adapters import Full, Lora, Trained, lora_config
 from tropism.models.plain_adapters import PlainFull, PlainLora
 
+DEFAULTS_FILE = "tropism.json"
 CACHE_BYTES = 256 * 2**20
 AT_ONCE = 16  # prompts that are encoded together before the encoders go
 
@@ -33,6 +35,7 @@ class Trainable(ABC):
     latent_shape: tuple[int, ...]
     steps: int
     negative_prompt: str
+    hops: Hops | None = None  # of a few-step view
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -70,6 +73,11 @@ class Trainable(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, ...) -> images (B, 3, H, W) in [0, 1]; keeps the graph."""
 
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> clean latents, without gradients: ``decode`` backwards. Raises ValueError
+        where there is no encoder."""
+        raise ValueError(f"{type(self).__name__} has no encoder of pictures; use a method that learns without data")
+
     @abstractmethod
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) decreasing times, the first is noise and the last is clean, float32."""
@@ -96,6 +104,24 @@ class Trainable(ABC):
 
         ``base`` is the expression that names the model, ``adapter`` the folder of what was trained.
         """
+
+    @abstractmethod
+    def _few_step_view(self, hops: Hops, steps: int) -> Self:
+        """A copy that shares the network and what is trained, with even times and the denoiser of these hops."""
+
+    def few_step(self, hops: Hops, steps: int) -> Self:
+        """The same network, and what is trained in it so far, drawn with in ``steps`` unguided moves on even times.
+
+        The view shares everything but how it is drawn with; what it saves says how. Raises ValueError for a model that
+        is made for few steps already.
+        """
+        if self.hops is not None or isinstance(self.denoiser, ConsistencyDenoiser):
+            raise ValueError("this model is made for few steps already; start from the model that it was made of")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}")
+        view = self._few_step_view(hops, steps)
+        view.hops, view.steps = hops, steps
+        return view
 
     @property
     def device(self) -> torch.device:
@@ -236,7 +262,11 @@ class Trainable(ABC):
         """Writes what was trained, atomically, and says where: a LoRA file, or the network's folder."""
         if self._trained is None:
             raise ValueError("nothing was trained, so there is nothing to save; call add_lora() or train_full() first")
-        return self._trained.save(Path(folder))
+        saved = self._trained.save(Path(folder))
+        if self.hops is not None:
+            told = {"guidance_scale": self.guidance_scale, "steps": self.steps, "hops": self.hops}
+            (Path(folder) / DEFAULTS_FILE).write_text(json.dumps(told), encoding="utf-8")
+        return saved
 
     def load_adapter(self, folder: str | Path) -> None:
         """Continues from ``save_adapter``; without anything trained yet, first adds a LoRA like the saved one.

@@ -4,7 +4,7 @@ from tropism.samplers.chain import Move, walk
 from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
-from tropism.samplers.solver import solver
+from tropism.samplers.solver import solver, stochastic_solver
 from tropism.samplers.until import noise_until
 from tropism.samplers.widen import widen
 
@@ -17,6 +17,7 @@ __all__ = [
     "Move",
     "noise_until",
     "solver",
+    "stochastic_solver",
     "walk",
     "widen",
 ]

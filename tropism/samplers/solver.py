@@ -6,12 +6,18 @@ from tropism.base import Denoiser, Kernel
 from tropism.denoisers import ConsistencyDenoiser
 from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
-from tropism.samplers.flow import EulerODE
+from tropism.samplers.flow import EulerODE, FlowSDE
 from tropism.schedules import RectifiedFlow
 
 
 def solver(denoiser: Denoiser, eta: float = 0.0) -> Kernel:
-    """Euler's method on a flow, hops of a consistency model (which draw noise whatever ``eta`` is), else DDIM(eta)."""
-    if isinstance(denoiser.schedule, RectifiedFlow):
-        return EulerODE()
-    return Consistency() if isinstance(denoiser, ConsistencyDenoiser) else DDIM(eta)
+    """Hops of a consistency model (which draw noise whatever ``eta`` is), Euler's method on a flow, else DDIM(eta)."""
+    if isinstance(denoiser, ConsistencyDenoiser):
+        return Consistency()
+    return EulerODE() if isinstance(denoiser.schedule, RectifiedFlow) else DDIM(eta)
+
+
+def stochastic_solver(denoiser: Denoiser, eta: float = 1.0, noise_level: float = 0.7) -> Kernel:
+    """The same with chance in it: on a flow Flow-GRPO's SDE with this noise level."""
+    kernel = solver(denoiser, eta)
+    return FlowSDE(noise_level) if isinstance(kernel, EulerODE) else kernel

@@ -1,0 +1,71 @@
+"""Pairs from data: one clean sample and one noise, at two times (consistency training: no teacher)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropism.base import Distillable, Prompts, take
+from tropism.distillation.pairs import Pairs
+from tropism.policy import Policy
+from tropism.rollout import slices
+from tropism.schedules import add_noise
+
+Pictures = Callable[[Prompts, torch.Generator], Tensor]
+"""pictures(prompts, generator) -> what the prompts show, (B, 3, H, W) in [0, 1] (points on a toy)."""
+Times = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
+"""times(rows, updates made so far, generator) -> t, s < t, and a weight, (rows,) each."""
+Coupling = Callable[[Tensor, Tensor], Tensor]
+"""coupling(x0 (B, ...), eps (B, ...)) -> eps with its rows in another order."""
+
+
+@dataclass
+class Noised:
+    """``updates`` slices of a batch of pictures a pass, each row with fresh noise and times.
+
+    ``made`` counts the updates, for times that change over training. ``drop`` is the share of rows without prompt.
+    """
+
+    model: Distillable
+    pictures: Pictures
+    times: Times
+    minibatch: int
+    updates: int
+    passes: int
+    generator: torch.Generator
+    coupling: Coupling | None = None
+    drop: float = 0.0
+    made: int = 0
+
+    def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
+        """One batch of pictures, shuffled; the teacher is not asked."""
+        x0 = self.model.latents(self.pictures(batch, self.generator))
+        cond, null, rows = self.model.encode(batch.text), self.model.null(), torch.arange(len(batch.text))
+        for _ in range(self.passes):
+            eps = teacher.noise(len(x0), self.generator)
+            eps = eps if self.coupling is None else self.coupling(x0, eps)
+            dropped = torch.rand(len(x0), generator=self.generator) < self.drop
+            shown = {name: value.clone() for name, value in cond.items()}
+            for name, value in shown.items():
+                value[dropped] = null[name].to(value)
+            order = torch.randperm(len(rows), generator=self.generator)
+            for parts in slices(order, self.updates, self.minibatch, teacher.processes):
+                t, s, weight = (each.to(x0.device) for each in self.times(len(rows), self.made, self.generator))
+                pairs = self._pairs(x0, eps, t, s, weight, shown)
+                yield (_rows(pairs, i) for i in parts)
+                self.made += 1
+
+    def _pairs(self, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, weight: Tensor, cond: dict[str, Tensor]) -> Pairs:
+        schedule = self.model.denoiser.schedule
+        far, near = add_noise(schedule, x0, eps, t), add_noise(schedule, x0, eps, s)
+        return Pairs(far, t, near, s, torch.zeros_like(t), cond, weight, x0, eps)
+
+
+def _rows(pairs: Pairs, i: Tensor) -> Pairs:
+    """Rows i of whole pairs."""
+    assert pairs.x0 is not None and pairs.eps is not None
+    x, t, y, s, end = (each[i] for each in (pairs.x, pairs.t, pairs.y, pairs.s, pairs.end))
+    return Pairs(x, t, y, s, end, take(pairs.cond, i), pairs.weight[i], pairs.x0[i], pairs.eps[i])

@@ -1,0 +1,113 @@
+"""Where pairs of states come from: the teacher's own chains, or data that are noised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tropism.base import Cond, Prompts, take
+from tropism.policy import Policy, run_chains
+from tropism.randomness import row_generators, row_seeds
+from tropism.rollout import slices
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of two states each of one path; both lead to the same state at ``end``."""
+
+    x: Tensor  # (N, ...) at t
+    t: Tensor  # (N,)
+    y: Tensor  # (N, ...) at s
+    s: Tensor  # (N,) end <= s < t
+    end: Tensor  # (N,)
+    cond: Cond  # N rows
+    weight: Tensor  # (N,)
+    x0: Tensor | None = None  # (N, ...) the clean end of the path, where it is known
+    eps: Tensor | None = None  # (N, ...) its noise, where x and y are x0 with noise
+    info: Mapping[str, float] = field(default_factory=dict)
+
+
+Source = Callable[[Policy, Prompts], Iterator[Iterator[Pairs]]]
+"""source(teacher, batch) -> updates, each an iterator of minibatches."""
+Places = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
+"""places(rows, moves, generator) -> indices (rows,) of x, y and the end on a chain; 0 is noise, ``moves`` is clean."""
+
+
+@dataclass
+class Chains:
+    """Pairs along the teacher's own chains from fresh noise: no data are needed (MLCM, 2406.05768).
+
+    A batch of B prompts gives B chains of K moves and B * K pairs, ``updates`` steps a pass. ``places`` says which
+    states of a chain make a pair. The chain is what the teacher itself walks, so no pair is off its path.
+    """
+
+    places: Places
+    minibatch: int
+    updates: int
+    passes: int
+    generator: torch.Generator
+
+    def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
+        """One batch of chains, its pairs shuffled."""
+        cond = teacher.model.encode(batch.text)
+        generators = row_generators(row_seeds(len(batch.text), self.generator))
+        with teacher.model.reference():
+            chains = run_chains(teacher, teacher.noise(len(generators), generators), cond, generators)
+        count, moves = len(batch.text) * teacher.steps, teacher.steps
+        for _ in range(self.passes):
+            rows = torch.arange(count) % len(batch.text)
+            first, second, end = self.places(count, moves, self.generator)
+            order = torch.randperm(count, generator=self.generator)
+            for parts in slices(order, self.updates, self.minibatch, teacher.processes):
+                yield (self._gather(chains.xs, chains.ts, cond, rows[i], first[i], second[i], end[i]) for i in parts)
+
+    def _gather(
+        self, xs: Tensor, ts: Tensor, cond: Cond, rows: Tensor, first: Tensor, second: Tensor, end: Tensor
+    ) -> Pairs:
+        """The pairs at these places of these chains."""
+        times = ts.to(xs.device)
+        return Pairs(
+            x=xs[rows, first],
+            t=times[first],
+            y=xs[rows, second],
+            s=times[second],
+            end=times[end],
+            cond=take(cond, rows),
+            weight=torch.ones(len(rows), device=xs.device),
+            x0=xs[rows, -1],
+        )
+
+
+def adjacent(skip: int = 1) -> Places:
+    """Two states ``skip`` moves apart, anywhere on the chain, both carried to its clean end."""
+
+    def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        first = torch.randint(moves, (rows,), generator=generator)
+        return first, (first + skip).clamp(max=moves), torch.full((rows,), moves)
+
+    return places
+
+
+def within(segments: int, skip: int = 1) -> Places:
+    """Two states of one of ``segments`` equal parts of the chain, both carried to the part's end (2406.05768)."""
+
+    def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        length = moves // segments
+        first = torch.randint(moves, (rows,), generator=generator)
+        end = (first // length + 1) * length
+        return first, torch.minimum(first + skip, end), end
+
+    return places
+
+
+def straight(segments: int) -> Places:
+    """A state and the end of its part of the chain: what the teacher says, with nothing in between."""
+
+    def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        first, _, end = within(segments)(rows, moves, generator)
+        return first, end, end
+
+    return places

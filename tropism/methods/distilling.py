@@ -1,0 +1,85 @@
+"""What the distillation methods share: their settings, and the student and teacher that these describe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from tropism.base import Distillable, Hops
+from tropism.distillation import Before, Chains
+from tropism.distillation.pairs import Places
+from tropism.losses.consistency import Distance, Huber, MeanSquare, PseudoHuber
+from tropism.methods.settings import MethodSettings
+from tropism.policy import Policy
+from tropism.samplers import solver
+
+
+@dataclass(frozen=True)
+class DistillationSettings(MethodSettings):
+    """Flags and YAML keys of every distillation. The teacher is the model as it was before training."""
+
+    distils: ClassVar[bool] = True
+
+    student_steps: int = 4
+    """Moves of the student, for which it is made."""
+    inference_steps: int = 20
+    """Moves of the teacher's chains, whose states the student learns from."""
+    prompts_per_step: int = 64
+    """Prompts of a step, each the start of a chain of the teacher (on all processes together)."""
+    images_per_prompt: int = 1
+    """Chains of each prompt."""
+    updates: int = 20
+    """Optimizer steps of one pass over a step's pairs, of which there are chains x moves."""
+    passes: int = 1
+    """Passes over the pairs of a step."""
+    distance: Literal["huber", "l2", "pseudo-huber"] = "huber"
+    """Between what student and target say."""
+    huber_c: float = 0.01
+    """Where huber turns from a square into an absolute value, per dimension; pseudo-huber scales it by their number."""
+    learning_rate: float = 1e-3
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """Of the learning rate; cosine: falling to 0 over the run."""
+    weight_decay: float = 0.0
+
+    def check(self) -> None:
+        """As MethodSettings, and the ranges above."""
+        super().check()
+        for name in ("student_steps", "updates", "passes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a whole number of at least 1")
+        if self.student_steps >= self.inference_steps:
+            raise ValueError(
+                f"student_steps is {self.student_steps}; wanted fewer than inference_steps, the teacher's "
+                f"{self.inference_steps}"
+            )
+        if self.huber_c <= 0:
+            raise ValueError(f"huber_c is {self.huber_c}; wanted above 0")
+
+    def measure(self, size: int) -> Distance:
+        """The distance, for states of ``size`` dimensions."""
+        if self.distance == "l2":
+            return MeanSquare()
+        return Huber(self.huber_c) if self.distance == "huber" else PseudoHuber(self.huber_c * size**0.5)
+
+    def student(self, model: Distillable, hops: Hops) -> Policy:
+        """The student as it is sampled. Raises ValueError for a model that is made for few steps already."""
+        view = model.few_step(hops, self.student_steps)
+        return Policy(view, solver(view.denoiser), self.student_steps, microbatch=self.sample_batch)
+
+    def teacher(self, model: Distillable, student: Policy) -> Policy:
+        """The model as it was, on as many times as ``inference_steps``, of which the student's are some."""
+        was = Before(model, student.model.grid)
+        return Policy(
+            was, solver(model.denoiser), self.inference_steps, self.guidance_scale, microbatch=self.sample_batch
+        )
+
+    def chains(self, places: Places, generator: torch.Generator) -> Chains:
+        """Pairs along the teacher's chains."""
+        return Chains(places, self.minibatch, self.updates, self.passes, generator)
+
+
+def latent_size(policy: Policy) -> int:
+    """Dimensions of a state."""
+    return int(torch.Size(policy.model.latent_shape).numel())

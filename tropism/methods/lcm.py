@@ -1,0 +1,56 @@
+"""LCM: Latent Consistency Models (Luo et al. 2023, 2310.04378, algorithm 1), with a LoRA LCM-LoRA (2311.05556).
+
+Consistency distillation (2303.01469, algorithm 2) of a guided teacher: two neighbouring states of one of its chains
+must lead the student to one clean sample; the nearer state is judged by an average of the student (decay 0.95). The
+student noises its answer again between its moves (``samplers.Consistency``) and needs no guidance: the teacher's is
+folded in.
+
+Departures from luosiallen/latent-consistency-model:
+- states come from the teacher's own chains (2406.05768), not from noised pictures, so that no data are needed; the
+  chain has ``inference_steps`` moves where they step by ``skip`` = 20 of 1000;
+- one guidance scale, ``guidance_scale``, where they draw one for every row and embed it;
+- huber with c = 0.01, of the size of what a latent differs by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tropism.base import Distillable, Reward
+from tropism.distillation import Distillation
+from tropism.distillation.pairs import adjacent
+from tropism.ema import Ema
+from tropism.methods.distilling import DistillationSettings, latent_size
+
+
+@dataclass(frozen=True)
+class Settings(DistillationSettings):
+    """Consistency distillation from the teacher's own chains."""
+
+    skip: int = 1
+    """Moves of the teacher between the two states of a pair."""
+    target_decay: float = 0.95
+    """Of the average of the student that judges the nearer state; 0: the student itself."""
+
+    def check(self) -> None:
+        """As the shared settings, and the ranges above."""
+        super().check()
+        if not 1 <= self.skip <= self.inference_steps or not 0 <= self.target_decay < 1:
+            raise ValueError(
+                f"skip is {self.skip} and target_decay {self.target_decay}; wanted 1 to inference_steps, which is "
+                f"{self.inference_steps}, and 0 to below 1"
+            )
+
+    def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> Distillation:
+        """The method on this model; the reward is not learnt from."""
+        student = self.student(model, "consistency")
+        return Distillation(
+            student,
+            self.teacher(model, student),
+            self.chains(adjacent(self.skip), generator),
+            generator,
+            self.measure(latent_size(student)),
+            Ema(model.parameters(), self.target_decay) if self.target_decay else None,
+        )

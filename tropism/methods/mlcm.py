@@ -1,0 +1,53 @@
+"""MLCM: Multistep Consistency Distillation of latent diffusion models (Xie et al. 2024, 2406.05768, stage 1).
+
+The teacher's chain is cut into as many equal segments as the student has moves. Two neighbouring states of one segment
+must lead the student to one state at the segment's end (phased consistency models, 2405.18407, do the same on noised
+data), and at its first states the teacher's chain itself says where that is. The student then walks from end to end,
+deterministically: plain DDIM or Euler steps without guidance. States come from the teacher's own chains, so no data
+are needed.
+
+Departures from the paper (OPPO-Mente-Lab/TLCM released inference only): the distance is a choice, theirs is l2; whole
+chains are walked and all their states are used, where they walk to one drawn state; ``direct`` compares with where the
+teacher's own chain is at the segment's end instead of where the student carries the nearer state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tropism.base import Distillable, Reward
+from tropism.distillation import Distillation
+from tropism.distillation.pairs import straight, within
+from tropism.methods.distilling import DistillationSettings, latent_size
+
+
+@dataclass(frozen=True)
+class Settings(DistillationSettings):
+    """Segments of the teacher's chain, each learnt as one deterministic move."""
+
+    skip: int = 1
+    """Moves of the teacher between the two states of a pair."""
+    direct: bool = False
+    """Compare with the teacher's own state at the segment's end."""
+
+    def check(self) -> None:
+        """As the shared settings; segments are whole moves."""
+        super().check()
+        if self.inference_steps % self.student_steps:
+            raise ValueError(
+                f"inference_steps is {self.inference_steps}; wanted a multiple of student_steps, which is "
+                f"{self.student_steps}: a segment is so many moves of the teacher"
+            )
+        if self.skip < 1:
+            raise ValueError(f"skip is {self.skip}; wanted at least 1")
+
+    def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> Distillation:
+        """The method on this model; the reward is not learnt from."""
+        student = self.student(model, "ode")
+        places = straight(self.student_steps) if self.direct else within(self.student_steps, self.skip)
+        chains = self.chains(places, generator)
+        return Distillation(
+            student, self.teacher(model, student), chains, generator, self.measure(latent_size(student))
+        )
