@@ -23,6 +23,10 @@ TOLD = "told_guidance"
 """The entry of cond (B,) from which a network that takes guidance as an input reads it (see ``takes_guidance``)."""
 
 
+END = "end_time"
+"""The entry of cond (B,) from which a network that is told two times reads the second: ``net_time`` of it."""
+
+
 def _known(target: str) -> None:
     if target not in get_args(Target):
         raise ValueError(f"unknown target {target!r}; wanted one of {', '.join(get_args(Target))}")
@@ -135,6 +139,31 @@ class ConsistencyDenoiser:
         total = scaled**2 + self.sigma_data**2
         skip, out = bcast(self.sigma_data**2 / total, x), bcast(scaled / total.sqrt(), x)
         answer = skip * x + out * self.inner(x, t, cond).x0
+        return consistent(answer, x, bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x))
+
+
+@dataclass(frozen=True, eq=False)
+class Preconditioned:
+    """x0 = c_skip x + c_out F(c_in x, time) on a variance-exploding path (2206.00364, table 1), level = sigma / alpha.
+
+    With ``floor`` the boundary of consistency models holds: x0 = x at that level (2303.01469, appendix C; 2310.14189).
+    ``net`` gets ``net_time`` of the schedule, which for EDM's is ln(level) / 4.
+    """
+
+    net: Net
+    schedule: Schedule
+    sigma_data: float = 0.5
+    floor: float = 0.0
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,). Below ``floor`` the level counts as ``floor``."""
+        x, data = x.float(), self.sigma_data
+        level = (self.schedule.sigma(t) / self.schedule.alpha(t)).clamp(min=self.floor)
+        scale = (level**2 + data**2).sqrt()
+        skip, out = data**2 / ((level - self.floor) ** 2 + data**2), (level - self.floor) * data / scale
+        clean = x / bcast(self.schedule.alpha(t), x)
+        said = self.net(bcast(1 / scale, x) * clean, net_time(self.schedule, t), cond)
+        answer = bcast(skip, x) * clean + bcast(out, x) * said.float()
         return consistent(answer, x, bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x))
 
 

@@ -182,6 +182,10 @@ class EDM:
         """The noise-to-signal ratio, (B,) -> (B,) in [0, sigma_max]."""
         return self.sigma_max * _checked(t).float() ** self.rho
 
+    def time(self, level: Tensor) -> Tensor:
+        """The time of a level, (B,) -> (B,): ``level`` backwards. Raises ValueError for levels off the schedule."""
+        return _checked((level.float() / self.sigma_max) ** (1 / self.rho))
+
     def _norm(self, t: Tensor) -> Tensor:
         return (
             (1 + self.level(t) ** 2).sqrt()

@@ -221,7 +221,7 @@ class ToyNet(nn.Module):
     def __init__(self, generator: torch.Generator, width: int = 96, token: int = 16) -> None:
         super().__init__()
         sizes = (2 + 16 + 2 * token, width, width, width, 2)
-        self.layers = nn.ModuleList(_linear(a, b, generator) for a, b in itertools.pairwise(sizes))
+        self.layers = nn.ModuleList(linear(a, b, generator) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
         """``number`` runs over 0..1000."""
@@ -232,7 +232,7 @@ class ToyNet(nn.Module):
         return self.layers[-1](hidden)  # type: ignore[no-any-return]
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """A linear layer drawn from this generator; the global one is not touched."""
     layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
     for value in (layer.weight, layer.bias):
