@@ -49,8 +49,10 @@ DISTILLED = [
     _row("lcm", lcm.Settings(**SIZES), "eps", 40, (1, 0.4), (2, 0.12)),  # 0.297, 0.086
     _row("lcm_flow", lcm.Settings(**SIZES), "flow", 40, (1, 0.08)),  # 0.057
     _row("lcm_self_target", lcm.Settings(**SIZES, target_decay=0.0, skip=2), "eps", 40, (1, 0.37)),  # 0.277
+    _row("lcm_pictures", lcm.Settings(**SIZES, data="pictures"), "flow", 40, (1, 0.1)),  # 0.073
     _row("mlcm", mlcm.Settings(**SIZES), "eps", 40, (4, 0.05)),  # 0.036
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
+    _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025
     _row("mlcm_direct", mlcm.Settings(**SIZES, direct=True), "eps", 40, (4, 0.032)),  # 0.023
 ]
 

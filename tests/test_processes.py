@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -157,10 +159,17 @@ def started(words: list[str], index: int, port: int) -> subprocess.Popen[str]:
     )
 
 
+def free_port() -> int:
+    """Below those that the kernel hands out: the processes bind it seconds later, while other tests connect a lot."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as door, contextlib.suppress(OSError):
+            door.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
 def pair(words: list[str]) -> list[subprocess.Popen[str]]:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port = int(door.getsockname()[1])
+    port = free_port()
     return [started(words, index, port) for index in range(2)]
 
 

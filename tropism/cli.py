@@ -169,6 +169,8 @@ def _help() -> str:
 def _run(name: str, words: list[str]) -> None:
     """A command of the table."""
     command = COMMANDS[name]
+    if name in ("sample", "eval"):  # moves of a chain; only in training are there other steps
+        words = ["--inference-steps" + word[7:] if word.split("=")[0] == "--steps" else word for word in words]
     if command.leading and words and not words[0].startswith("-"):
         words = [f"--{command.leading.replace('_', '-')}", *words]
     settings = _read(_named(command.settings), words, name, command.about)

@@ -15,10 +15,20 @@ import torch
 from torch import Tensor
 
 from tropism import catalog, pictures
-from tropism.config import BadInput, EvalSettings, PickSettings, SampleSettings, TrainSettings
+from tropism.config import EvalSettings, PickSettings, SampleSettings, TrainSettings
 from tropism.data.prompts import PromptSet
 from tropism.evaluate import Evaluation, deterministic, draw_images, evaluate, first_images, interval, paired_gain
-from tropism.plan import as_bad_input, build_rewards, check_device, check_out, check_writable, given, load, make_plan
+from tropism.plan import (
+    adapter_folder,
+    as_bad_input,
+    build_rewards,
+    check_device,
+    check_out,
+    check_writable,
+    given,
+    load,
+    make_plan,
+)
 from tropism.report import Outcome, in_words, summary
 from tropism.run import execute
 
@@ -119,18 +129,6 @@ def with_adapter(model: Trainable, adapter: Path) -> Trainable:
     model.load_adapter(adapter)
     told = catalog.told(adapter)
     return model.few_step(told["hops"], int(told["steps"])) if "hops" in told else model
-
-
-def adapter_folder(name: str, setting: str = "adapter") -> Path:
-    """The folder with the weights: of a run, the one inside. Raises BadInput, which names the setting."""
-    folder = Path(name).expanduser()
-    folder = folder.parent if folder.is_file() else folder
-    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    if not folder.is_dir():
-        raise BadInput(f"{setting} is {name}, but there is no such folder; wanted a run, its adapter, or a checkpoint")
-    if (folder / "model_index.json").is_file():
-        raise BadInput(f"{setting} is {name}, which is a whole pipeline; give it as model")
-    return folder
 
 
 def _guidance(settings: PickSettings, model: Trainable) -> float:

@@ -131,6 +131,8 @@ class TrainSettings(HealthSettings):
     """Train all weights of the denoising network instead of a LoRA."""
     ema: float = 0.0
     """Decay of an average of the trained weights, which is what is evaluated and saved; 0: no average."""
+    start_from: str | None = None
+    """Folder of a run, of its adapter or of a checkpoint to begin with; the model without it stays the reference."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
     shard: bool = False

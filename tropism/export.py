@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tropism import catalog
-from tropism.commands import adapter_folder, with_adapter
+from tropism.commands import with_adapter
 from tropism.config import BadInput, DeviceSettings, ExportSettings, RunFailed, one_line, read_config
 from tropism.export_card import Exported, render
 from tropism.export_header import Facts, header
-from tropism.plan import as_bad_input, check_out, load
+from tropism.plan import adapter_folder, as_bad_input, check_out, load
 
 if TYPE_CHECKING:
     from tropism.models.exported import Base, LoraFile

@@ -86,16 +86,19 @@ class Progress:
 
             self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
 
-    def step(self, number: int, reward: float, std: float, images_per_second: float) -> None:
-        """Shows a finished step."""
-        facts = {"reward": f"{reward:.3f}", "eval": f"{self.evaluated:.3f}", "images/s": f"{images_per_second:.1f}"}
-        if math.isnan(self.evaluated):
-            del facts["eval"]
+    def step(self, number: int, metrics: Mapping[str, float], images_per_second: float) -> None:
+        """Shows a finished step: its reward, or the loss of what learns without."""
+        rewarded = "reward_mean" in metrics
+        facts = {"reward": f"{metrics['reward_mean']:.3f}"} if rewarded else {"loss": f"{metrics['loss']:.4g}"}
+        if not math.isnan(self.evaluated):
+            facts["eval"] = f"{self.evaluated:.3f}"
+        facts["images/s"] = f"{images_per_second:.1f}"
         if self._bar is not None:
             self._bar.set_postfix(facts, refresh=False)
             self._bar.update(number - self._bar.n)
             return
-        facts["reward"] += f" (std {std:.3f})"
+        if rewarded:
+            facts["reward"] += f" (std {metrics['reward_std']:.3f})"
         left = (time.perf_counter() - self._started) / (number - self.first) * (self.steps - number)
         said = "  ".join(f"{name} {value}" for name, value in facts.items())
         print(f"step {number}/{self.steps}  {said}  {clock(left)} left", flush=True)

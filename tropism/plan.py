@@ -223,6 +223,18 @@ def as_bad_input(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
         raise BadInput(prefix + one_line(error)) from error
 
 
+def adapter_folder(name: str, setting: str = "adapter") -> Path:
+    """The folder with the weights: of a run, the one inside. Raises BadInput, which names the setting."""
+    folder = Path(name).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not folder.is_dir():
+        raise BadInput(f"{setting} is {name}, but there is no such folder; wanted a run, its adapter, or a checkpoint")
+    if (folder / "model_index.json").is_file():
+        raise BadInput(f"{setting} is {name}, which is a whole pipeline; give it as model")
+    return folder
+
+
 # Loading, and one try.
 
 
@@ -245,6 +257,8 @@ def set_up(plan: Plan) -> Bench:
         else:
             generator = torch.Generator().manual_seed(settings.seed)
             model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, generator=generator)
+        if settings.start_from is not None:
+            model.load_adapter(adapter_folder(settings.start_from, "start_from"))
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if settings.shard:

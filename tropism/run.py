@@ -214,7 +214,7 @@ class Run:
         std, rows = step.metrics.get("reward_std", math.nan), min(step.images, self.plan.method_settings.minibatch)
         self._check_flat(std == 0 and rows > 1, f"step {step.step}: every image got the same reward")
         self._after(metrics)
-        self.progress.step(step.step, step.metrics.get("reward_mean", math.nan), std, speed)
+        self.progress.step(step.step, step.metrics, speed)
 
     def _watched(self) -> dict[str, float]:
         """What the processes saw of the step's pictures; their shares are equal, but for one row."""

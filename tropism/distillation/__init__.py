@@ -10,9 +10,9 @@ carries y there without. A method file chooses pieces:
 - ``recipe.Distillation``: the method, with its moving target and further terms.
 """
 
-from tropism.distillation.noised import Noised, Pictures
+from tropism.distillation.noised import Noised, Pictures, Stepped
 from tropism.distillation.pairs import Chains, Pairs, Source
 from tropism.distillation.recipe import Distillation, Term, carried
 from tropism.distillation.teacher import Before
 
-__all__ = ["Before", "Chains", "Distillation", "Noised", "Pairs", "Pictures", "Source", "Term", "carried"]
+__all__ = ["Before", "Chains", "Distillation", "Noised", "Pairs", "Pictures", "Source", "Stepped", "Term", "carried"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,32 @@ class Noised:
         schedule = self.model.denoiser.schedule
         far, near = add_noise(schedule, x0, eps, t), add_noise(schedule, x0, eps, s)
         return Pairs(far, t, near, s, torch.zeros_like(t), cond, weight, x0, eps)
+
+
+@dataclass
+class Stepped(Noised):
+    """The nearer state is where one move of the teacher goes, as consistency distillation on data does (2303.01469,
+    algorithm 2)."""
+
+    def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
+        """As ``Noised``; the teacher is asked when a minibatch is."""
+        for update in super().__call__(teacher, batch):
+            yield (self._step(teacher, pairs) for pairs in update)
+
+    @torch.no_grad()
+    def _step(self, teacher: Policy, pairs: Pairs) -> Pairs:
+        law, _ = teacher.kernel(teacher.denoiser, pairs.x, pairs.t, pairs.s, pairs.cond)
+        return replace(pairs, y=law.mode)
+
+
+def rungs(grid: Tensor, skip: int = 1) -> Times:
+    """A time of ``grid`` (K + 1,) but the last, drawn evenly, and the one ``skip`` further on; weight 1."""
+
+    def times(rows: int, made: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        first = torch.randint(len(grid) - 1, (rows,), generator=generator)
+        return grid[first], grid[(first + skip).clamp(max=len(grid) - 1)], torch.ones(rows)
+
+    return times
 
 
 def _rows(pairs: Pairs, i: Tensor) -> Pairs:

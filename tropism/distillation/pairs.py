@@ -103,6 +103,17 @@ def within(segments: int, skip: int = 1) -> Places:
     return places
 
 
+def across(segments: int) -> Places:
+    """The starts of two neighbouring parts of the chain, both carried to its clean end (2406.05768, stage 2)."""
+
+    def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        length = moves // segments
+        first = torch.randint(segments, (rows,), generator=generator) * length
+        return first, first + length, torch.full((rows,), moves)
+
+    return places
+
+
 def straight(segments: int) -> Places:
     """A state and the end of its part of the chain: what the teacher says, with nothing in between."""
 

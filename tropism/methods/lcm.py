@@ -6,8 +6,8 @@ student noises its answer again between its moves (``samplers.Consistency``) and
 folded in.
 
 Departures from luosiallen/latent-consistency-model:
-- states come from the teacher's own chains (2406.05768), not from noised pictures, so that no data are needed; the
-  chain has ``inference_steps`` moves where they step by ``skip`` = 20 of 1000;
+- states come from the teacher's own chains (2406.05768), so that no data are needed, unless ``data`` is pictures as
+  theirs; the teacher has ``inference_steps`` moves where they step by ``skip`` = 20 of 1000;
 - one guidance scale, ``guidance_scale``, where they draw one for every row and embed it;
 - huber with c = 0.01, of the size of what a latent differs by.
 """
@@ -15,11 +15,13 @@ Departures from luosiallen/latent-consistency-model:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from tropism.base import Distillable, Reward
-from tropism.distillation import Distillation
+from tropism.distillation import Distillation, Pictures, Source, Stepped
+from tropism.distillation.noised import rungs
 from tropism.distillation.pairs import adjacent
 from tropism.ema import Ema
 from tropism.methods.distilling import DistillationSettings, latent_size
@@ -27,8 +29,11 @@ from tropism.methods.distilling import DistillationSettings, latent_size
 
 @dataclass(frozen=True)
 class Settings(DistillationSettings):
-    """Consistency distillation from the teacher's own chains."""
+    """Consistency distillation, from the teacher's own chains or from pictures."""
 
+    data: Literal["chains", "pictures"] = "chains"
+    """Where states come from: the teacher's chains, or pictures with noise (a column image; those of scenes are drawn).
+    """
     skip: int = 1
     """Moves of the teacher between the two states of a pair."""
     target_decay: float = 0.95
@@ -43,13 +48,25 @@ class Settings(DistillationSettings):
                 f"{self.inference_steps}, and 0 to below 1"
             )
 
-    def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> Distillation:
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether ``build`` is given pictures."""
+        return self.data == "pictures"
+
+    def build(
+        self, model: Distillable, reward: Reward, generator: torch.Generator, pictures: Pictures | None = None
+    ) -> Distillation:
         """The method on this model; the reward is not learnt from."""
         student = self.student(model, "consistency")
+        teacher = self.teacher(model, student)
+        source: Source = self.chains(adjacent(self.skip), generator)
+        if pictures is not None:
+            times = rungs(teacher.ts, self.skip)
+            source = Stepped(model, pictures, times, self.minibatch, self.updates, self.passes, generator)
         return Distillation(
             student,
-            self.teacher(model, student),
-            self.chains(adjacent(self.skip), generator),
+            teacher,
+            source,
             generator,
             self.measure(latent_size(student)),
             Ema(model.parameters(), self.target_decay) if self.target_decay else None,

@@ -1,25 +1,29 @@
-"""MLCM: Multistep Consistency Distillation of latent diffusion models (Xie et al. 2024, 2406.05768, stage 1).
+"""MLCM: Multistep Consistency Distillation of latent diffusion models (Xie et al. 2024, 2406.05768).
 
 The teacher's chain is cut into as many equal segments as the student has moves. Two neighbouring states of one segment
 must lead the student to one state at the segment's end (phased consistency models, 2405.18407, do the same on noised
 data), and at its first states the teacher's chain itself says where that is. The student then walks from end to end,
 deterministically: plain DDIM or Euler steps without guidance. States come from the teacher's own chains, so no data
-are needed.
+are needed. Stage 2 ties the segments together: the starts of two neighbours must lead to one clean sample.
 
-Departures from the paper (OPPO-Mente-Lab/TLCM released inference only): the distance is a choice, theirs is l2; whole
-chains are walked and all their states are used, where they walk to one drawn state; ``direct`` compares with where the
-teacher's own chain is at the segment's end instead of where the student carries the nearer state.
+Departures from the paper (OPPO-Mente-Lab/TLCM released inference only):
+- the distance is a choice, theirs is l2;
+- whole chains are walked and all their states are used, where they walk to one drawn state;
+- ``direct`` compares with where the teacher's own chain is at the segment's end, not with where the student carries the
+  nearer state;
+- the states of stage 2 are the teacher's own as well, where theirs are the student's samples, noised again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from tropism.base import Distillable, Reward
 from tropism.distillation import Distillation
-from tropism.distillation.pairs import straight, within
+from tropism.distillation.pairs import across, straight, within
 from tropism.methods.distilling import DistillationSettings, latent_size
 
 
@@ -31,6 +35,9 @@ class Settings(DistillationSettings):
     """Moves of the teacher between the two states of a pair."""
     direct: bool = False
     """Compare with the teacher's own state at the segment's end."""
+    stage: Literal[1, 2] = 1
+    """2, after stage 1 (start_from its run): the starts of neighbouring segments must lead to one clean sample, so that
+    fewer moves than segments do as well."""
 
     def check(self) -> None:
         """As the shared settings; segments are whole moves."""
@@ -42,11 +49,15 @@ class Settings(DistillationSettings):
             )
         if self.skip < 1:
             raise ValueError(f"skip is {self.skip}; wanted at least 1")
+        if self.stage == 2 and self.direct:
+            raise ValueError("direct is given with stage 2, which compares the student with itself; leave one out")
 
     def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> Distillation:
         """The method on this model; the reward is not learnt from."""
         student = self.student(model, "ode")
         places = straight(self.student_steps) if self.direct else within(self.student_steps, self.skip)
+        if self.stage == 2:
+            places = across(self.student_steps)
         chains = self.chains(places, generator)
         return Distillation(
             student, self.teacher(model, student), chains, generator, self.measure(latent_size(student))

@@ -125,8 +125,12 @@ class Ring:
         return images
 
     def grid(self, steps: int) -> Tensor:
-        """(steps + 1,) even times: on EDM levels as 2206.00364 spaces them, with rho 7."""
-        return torch.linspace(1, 0, steps + 1)
+        """(steps + 1,) even times, the last of them 0 for the end: of a flow 0 anyway, on EDM that of level 0.002, as
+        2206.00364 spaces levels with rho 7. So a grid of few steps is part of one of many."""
+        end = self.schedule.time(torch.tensor(0.002)) if isinstance(self.schedule, EDM) else torch.tensor(0.0)
+        times = torch.linspace(1.0, float(end), steps + 1)
+        times[-1] = 0.0
+        return times
 
     def parameters(self) -> list[nn.Parameter]:
         """The student's."""
