@@ -38,13 +38,15 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
             work / "flow/pipeline/model_index.json",
             ["flow.py", "--out", str(work / "flow"), "--start", str(first), *LONGER, *data],
         ),
+        (work / "lcm/pipeline/model_index.json", ["few.py", "--out", str(work / "lcm")]),
         (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
     ]
 
 
 def install(work: Path) -> None:
     """Copies finished pipelines, with their default guidance and steps, and the CLIP."""
-    for name, source in {"sd": "sd/pipeline", "flow": "flow/pipeline", "clip": "clip/final"}.items():
+    made = {"sd": "sd/pipeline", "flow": "flow/pipeline", "lcm": "lcm/pipeline", "clip": "clip/final"}
+    for name, source in made.items():
         if not (work / source).is_dir():
             continue
         shutil.rmtree(PACKAGE / name, ignore_errors=True)
