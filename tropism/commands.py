@@ -119,6 +119,11 @@ def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
         with as_bad_input(ValueError, OSError):
             model = with_adapter(model, adapter)
     steps = model.steps if settings.inference_steps is None else settings.inference_steps
+    if model.hops == "ode" and steps != model.steps:
+        print(
+            f"note: inference_steps is {steps}, but this student walks in {model.steps} moves, each of them trained; "
+            f"leave inference_steps out, or distil with --student-steps {steps}"
+        )
     return model, deterministic(model, steps, settings.guidance_scale, settings.batch_size)
 
 
@@ -128,7 +133,9 @@ def with_adapter(model: Trainable, adapter: Path) -> Trainable:
         model.train_full()
     model.load_adapter(adapter)
     told = catalog.told(adapter)
-    return model.few_step(told["hops"], int(told["steps"])) if "hops" in told else model
+    if "hops" not in told or told["hops"] == model.hops:
+        return model
+    return model.few_step(told["hops"], int(told["steps"]))
 
 
 def _guidance(settings: PickSettings, model: Trainable) -> float:

@@ -13,7 +13,7 @@ from tropism.config import BadInput
 from tropism.export_header import Facts
 
 if TYPE_CHECKING:
-    from tropism.models.exported import Base
+    from tropism.models.exported import Base, Drawing
 
 
 class Exported(NamedTuple):
@@ -26,6 +26,7 @@ class Exported(NamedTuple):
     settings: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]  # of the metrics, up to the step
     pictures: Sequence[str]
+    drawing: Drawing | None = None  # of a student
 
 
 def render(exported: Exported) -> str:
@@ -64,6 +65,10 @@ def use(exported: Exported) -> Iterable[str]:
         lines.insert(0, "from tropism.catalog import check_model")
         base = f"check_model({base})"
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({base})")
+    drawing = exported.drawing
+    if drawing is not None:
+        yield f"It was made for {drawing.steps} steps with guidance {drawing.guidance_scale:g}."
+        yield ""
     if exported.kind == "merged":
         lines = ["from diffusers import DiffusionPipeline", "", 'pipe = DiffusionPipeline.from_pretrained(".")']
     elif exported.kind == "diffusers":
@@ -81,6 +86,8 @@ def use(exported: Exported) -> Iterable[str]:
         yield f"`{name}` goes into `models/Lora` of WebUI or Forge, is `--network_weights` of sd-scripts; in diffusers:"
         yield ""
         lines.append(f'pipe.load_lora_weights(".", weight_name="{name}")')
+    if drawing is not None and exported.kind != "merged":
+        lines = [*drawing.imports, *lines, *drawing.lines]
     yield "```python"
     yield from lines
     yield "```\n\nThe dot is the folder of this file."

@@ -141,7 +141,13 @@ def keep_strip(folder: Path, name: str, images: Tensor, text: Sequence[str]) -> 
 
 
 def before_after(
-    before: Tensor, after: Tensor, captions: Sequence[str], scores: tuple[Tensor, Tensor], title: str, subtitle: str
+    before: Tensor,
+    after: Tensor,
+    captions: Sequence[str],
+    scores: tuple[Tensor, Tensor],
+    title: str,
+    subtitle: str,
+    labels: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
     """One column a prompt: the caption, the picture before (N, 3, H, W), its reward, the picture after, its reward."""
     texts = [wrap(text, TILE) for text in captions]
@@ -151,8 +157,8 @@ def before_after(
     sheet = _Sheet(wide + 2 * MARGIN, second + TILE + LINE + 8 + MARGIN)
     sheet.text(MARGIN, MARGIN - 4, _cut(title, wide, _font(17, True)), size=17, bold=True)
     sheet.text(MARGIN, MARGIN + 22, _cut(subtitle, wide, _font(SIZE)), FAINT)
-    sheet.text(MARGIN, first + TILE // 2 - 8, "before", FAINT, 15, True)
-    sheet.text(MARGIN, second + TILE // 2 - 8, "after", INK, 15, True)
+    sheet.text(MARGIN, first + TILE // 2 - 8, labels[0], FAINT, 15, True)
+    sheet.text(MARGIN, second + TILE // 2 - 8, labels[1], INK, 15, True)
     for i, (old, new) in enumerate(zip(scores[0].tolist(), scores[1].tolist(), strict=True)):
         x = MARGIN + GUTTER + i * (TILE + GAP)
         sheet.lines(x, first - 6 - len(texts[i]) * LINE, texts[i])
