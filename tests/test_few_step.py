@@ -27,7 +27,7 @@ from tropism.commands import with_adapter
 from tropism.models.latent_pipeline import LatentPipeline
 from tropism.models.pipelines import load_pipeline
 
-TEACHERS = ("sd", "sdxl", "sdxl-euler", "sd3", "flux-dev", "flux-schnell", "pixart-alpha", "pixart-sigma", "sd-dpm")
+TEACHERS = ("sd", "sdxl", "sd3", "flux-dev", "flux-schnell", "pixart-alpha", "sd-dpm")
 HOPS: tuple[Hops, ...] = ("consistency", "ode")
 
 
@@ -116,6 +116,7 @@ SCHEDULERS = {
     ("sd3", "mlcm"): "FlowMatchEulerDiscreteScheduler",
 }
 methods = pytest.mark.parametrize("method", ["lcm", "mlcm"])
+one_family = pytest.mark.parametrize("made", ["sd3"], indirect=True)
 LEVEL = 1.1 / 255  # of a PNG
 
 
@@ -123,7 +124,7 @@ LEVEL = 1.1 / 255  # of a PNG
 def test_a_student_is_drawn_as_it_was_made_for(method: str, place: str, tmp_path: Path, capsys: Any) -> None:
     out = Path(f"{method}.txt").read_text()
     assert "by the teacher in 3 steps (guidance 2), " in out and " by the student in 2 steps\n" in out
-    assert f"teacher and student  {method}/before_after.png" in out.replace("student   ", "student  ")
+    assert f"teacher and student  {method}/before_after.png" in out
     hops = "consistency" if method == "lcm" else "ode"
     told = {"guidance_scale": 1, "steps": 2, "hops": hops}
     for folder in (f"{method}/adapter", f"{method}/export-merged"):
@@ -177,7 +178,7 @@ def test_the_page_speaks_of_teacher_and_student(place: str, tmp_path: Path, caps
 
 
 def test_a_step_count_that_was_not_trained_is_noted(place: str, tmp_path: Path, capsys: Any) -> None:
-    noted, three = "note: inference_steps is 3, but this student walks in 2 moves", ("--inference-steps", "3")
+    noted, three = "note: inference_steps is 3, but this student was taught 2 moves", ("--inference-steps", "3")
     for words, wanted in (
         (("model", "--adapter", "lcm"), False),
         (("model", "--adapter", "mlcm"), True),
@@ -186,6 +187,7 @@ def test_a_step_count_that_was_not_trained_is_noted(place: str, tmp_path: Path, 
         assert (noted in pixels(words[0], tmp_path / "image", capsys, *words[1:], *three)[1]) == wanted
 
 
+@one_family
 def test_a_merged_student_can_be_trained_with_rewards(place: str, tmp_path: Path, capsys: Any) -> None:
     model, out = "mlcm/export-merged", str(tmp_path / "tuned")
     assert said(train_words(model=model, out=out, steps="1", eval_every="0", inference_steps="2"), capsys).code == 0
@@ -206,7 +208,9 @@ def test_what_makes_no_student_is_refused(place: str, capsys: Any) -> None:
     assert sentence in refused(distil_words("lcm", student_steps="0"), capsys)
 
 
-def test_two_and_two_steps_with_an_average_and_without(tiny_sd: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_two_and_two_steps_with_an_average_and_without(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     """test_resume.py has every method as it is by itself."""
     monkeypatch.chdir(small_place(tiny_sd, tmp_path))
     changes = {"lr_schedule": "constant", "skip": "2", "target_decay": "0"}
@@ -225,6 +229,7 @@ def test_a_checkpoint_has_the_average_that_judges(place: str) -> None:
     assert _targets(Path("lcm/checkpoints/step-000001")) and not _targets(Path("mlcm/checkpoints/step-000001"))
 
 
+@one_family
 def test_all_weights_of_a_student(place: str, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
     assert said(distil_words("mlcm", out=str(run), full="", learning_rate="1e-3"), capsys).code == 0

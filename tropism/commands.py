@@ -119,12 +119,19 @@ def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
         with as_bad_input(ValueError, OSError):
             model = with_adapter(model, adapter)
     steps = model.steps if settings.inference_steps is None else settings.inference_steps
-    if model.hops == "ode" and steps != model.steps:
-        print(
-            f"note: inference_steps is {steps}, but this student walks in {model.steps} moves, each of them trained; "
-            f"leave inference_steps out, or distil with --student-steps {steps}"
-        )
+    if note := step_note(model, steps):
+        print(note)
     return model, deterministic(model, steps, settings.guidance_scale, settings.batch_size)
+
+
+def step_note(model: Trainable, steps: int) -> str:
+    """What is to be said of a student that is drawn with in other moves than those it was taught; empty for none."""
+    if model.hops != "ode" or steps == model.steps:
+        return ""
+    return (
+        f"note: inference_steps is {steps}, but this student was taught {model.steps} moves; leave inference_steps out, "
+        f"or distil with --student-steps {steps}"
+    )
 
 
 def with_adapter(model: Trainable, adapter: Path) -> Trainable:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -185,13 +185,9 @@ def _decimals(*values: float) -> int:
 
 def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
     """A matplotlib figure of metrics rows: the reward in training, and on held-out prompts with its 95 % band."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _axes(title, "step", reward)
     trained = [(row["step"], row["reward_mean"]) for row in rows if row.get("reward_mean") is not None]
     tested = [row for row in rows if row.get("eval_reward") is not None]
     if trained:
@@ -202,14 +198,54 @@ def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
         axes.fill_between(steps, low, high, color="#2563eb", alpha=0.16, linewidth=0, label="95 % interval")
         axes.plot(steps, [row["eval_reward"] for row in tested], color="#2563eb", linewidth=2, marker="o",
                   markersize=4, label="evaluation, equal seeds")  # fmt: skip
-    axes.set(xlabel="step", ylabel=reward)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+class Measured(NamedTuple):
+    """A line of ``against_cost``: points with their interval, and a word at each."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    words: Sequence[str]
+
+
+def against_cost(lines: Sequence[Measured], title: str, xlabel: str, ylabel: str) -> Any:
+    """A matplotlib figure: what costs twice as much lies one step to the right."""
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    figure, axes = _axes(title, xlabel, ylabel)
+    axes.set_xscale("log", base=2)
+    for place, line in enumerate(lines):
+        colour = f"C{place}"
+        axes.fill_between(line.xs, line.low, line.high, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(line.xs, line.ys, color=colour, linewidth=2, marker="o", markersize=4, label=line.name)
+        for x, y, word in zip(line.xs, line.ys, line.words, strict=True):
+            axes.annotate(word, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    """A figure in the style of the house, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return figure
+    return figure, axes
 
 
 def save(picture: Any, file: Path) -> Path:

@@ -81,14 +81,18 @@ def summary(outcome: Outcome) -> str:
     """What is printed at the end."""
     before, after = float(outcome.before.total.nanmean()), float(outcome.after.total.nanmean())
     whose = outcome.labels if outcome.ends is None else [f"by the {each}" for each in outcome.ends]
+    files = {
+        " and ".join(outcome.labels): "before_after.png",
+        "curve": "curve.png",
+        "report": "report.html",
+        "adapter": "adapter",
+        "model card": "README.md",
+    }
+    width = max(map(len, files))
     return "\n".join(
         [
             f"done in {clock(outcome.seconds)}: reward {before:.3f} {whose[0]}, {after:.3f} {whose[1]}",
             f"  {in_words(outcome.gain)}",
-            f"  {' and '.join(outcome.labels):<18}{outcome.folder / 'before_after.png'}",
-            f"  curve             {outcome.folder / 'curve.png'}",
-            f"  report            {outcome.folder / 'report.html'}",
-            f"  adapter           {outcome.folder / 'adapter'}",
-            f"  model card        {outcome.folder / 'README.md'}",
+            *(f"  {name:<{width}}  {outcome.folder / file}" for name, file in files.items()),
         ]
     )
