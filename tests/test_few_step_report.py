@@ -74,7 +74,7 @@ def test_what_cannot_be_walked_is_said_before_anything_is_drawn(counts: list[int
 def test_names_of_students() -> None:
     assert labels(["runs/a", "b/"]) == {"a": "runs/a", "b": "b/"}
     assert labels(["x/a", "y/a", "z/teacher"]) == {"x/a": "x/a", "y/a": "y/a", "z/teacher": "z/teacher"}
-    with pytest.raises(BadInput, match="wanted another name for the folder teacher"):
+    with pytest.raises(BadInput, match="wanted another name for that folder"):
         labels(["teacher"])
 
 

@@ -45,8 +45,8 @@ def render(plan: Plan, model: Trainable, outcome: Outcome) -> str:
             _snippet(plan, model),
             "## Evaluation",
             "",
-            f"{settings.eval_images} images of `{settings.eval_prompts}`, the same prompts from the same noise {drawn}. "
-            "Means, with 95 % bootstrap intervals.",
+            f"{settings.eval_images} images of `{settings.eval_prompts}`, the same prompts from the same noise {drawn}"
+            ". Means, with 95 % bootstrap intervals.",
             "",
             *_table(outcome),
             "",

@@ -129,8 +129,8 @@ def step_note(model: Trainable, steps: int) -> str:
     if model.hops != "ode" or steps == model.steps:
         return ""
     return (
-        f"note: inference_steps is {steps}, but this student was taught {model.steps} moves; leave inference_steps out, "
-        f"or distil with --student-steps {steps}"
+        f"note: inference_steps is {steps}, but this student was taught {model.steps} moves; leave inference_steps "
+        f"out, or distil with --student-steps {steps}"
     )
 
 

@@ -59,14 +59,10 @@ def labels(adapters: Sequence[str]) -> dict[str, str]:
     if len(set(adapters)) < len(adapters):
         raise BadInput(f"adapter is {' '.join(adapters)}; wanted each student once")
     if TEACHER in adapters:
-        raise BadInput(
-            f"adapter is {TEACHER}, as the model is called here; wanted another name for the folder {TEACHER}"
-        )
+        raise BadInput(f"adapter is {TEACHER}, as the model is called here; wanted another name for that folder")
     names = [Path(each).expanduser().resolve().name for each in adapters]
-    alone = [
-        name if names.count(name) == 1 and name != TEACHER else each for name, each in zip(names, adapters, strict=True)
-    ]
-    return dict(zip(alone, adapters, strict=True))
+    pairs = zip(names, adapters, strict=True)
+    return {name if names.count(name) == 1 and name != TEACHER else each: each for name, each in pairs}
 
 
 def _weights(student: str) -> Path:

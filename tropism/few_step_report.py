@@ -1,8 +1,9 @@
 """Quality against cost: what every model is worth in 1, 2, 4, ... moves, and what it costs in calls and in seconds.
 
-All is measured on the same prompts from the same noise. Network calls are counted where the denoiser is called, by rows,
-so that guidance, which asks a network twice, costs twice as much. Seconds are those of drawing and decoding one
-micro-batch, after all have been drawn once; the models take turns, so that whatever else a machine does meets them all.
+All is measured on the same prompts from the same noise. Network calls are counted where the denoiser is called, by
+rows, so that guidance, which asks a network twice, costs twice as much. Seconds are those of drawing and decoding one
+micro-batch, after all have been drawn once; the models take turns, so that whatever else a machine does meets them
+all.
 """
 
 from __future__ import annotations

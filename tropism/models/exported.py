@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tropism.models.adapters import LORA_FILE, METADATA, Lora
-from tropism.models.lora_names import Layer, in_kohya
 from tropism.models.few_step import scheduler_lines
+from tropism.models.lora_names import Layer, in_kohya
 from tropism.models.pipelines import FAMILIES, pipeline_class, read_defaults
 from tropism.models.plain_adapters import CONFIG_FILE, PlainLora
 from tropism.models.trainable import DEFAULTS_FILE

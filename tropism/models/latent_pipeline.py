@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tropism.base import Denoiser, Hops
 from tropism.models.adapters import Trained
-from tropism.models.onednn import twin, twin_pays
 from tropism.models.few_step import scheduler_lines
+from tropism.models.onednn import twin, twin_pays
 from tropism.models.phrases import token_phrases
 from tropism.models.trainable import Trainable, clamped
 
