@@ -195,7 +195,7 @@ def test_the_page_speaks_of_teacher_and_student(place: str, tmp_path: Path, caps
 
 
 def test_a_step_count_that_was_not_trained_is_noted(place: str, tmp_path: Path, capsys: Any) -> None:
-    noted, three = "note: inference_steps is 3, but this student was taught 2 moves", ("--inference-steps", "3")
+    noted, three = "note: inference_steps is 3, but this student was made for 2 moves", ("--inference-steps", "3")
     for words, wanted in (
         (("model", "--adapter", "lcm"), False),
         (("model", "--adapter", "mlcm"), True),

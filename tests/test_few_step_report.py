@@ -97,7 +97,7 @@ def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureF
     words = ["--adapter", "student", "--counts", "2", "1", "--rounds", "1", "--shown", "1", "--out", str(out)]
     result = said([*COMMAND, *words], capsys)
     assert result.code == 0, result
-    assert "note: inference_steps is 1, but this student was taught 2 moves" in result.out
+    assert "note: inference_steps is 1, but this student was made for 2 moves" in result.out
     assert sorted(file.name for file in out.iterdir()) == ["chart.png", "pictures.png", "report.csv", "report.json"]
     found = json.loads((out / "report.json").read_text())
     with (out / "report.csv").open(newline="") as file:

@@ -28,7 +28,7 @@ def render(plan: Plan, model: Trainable, outcome: Outcome) -> str:
     drawn = f"before and after (seed {settings.eval_seed}), {model.steps} deterministic steps, guidance "
     drawn += f"{model.guidance_scale:g}"
     if outcome.ends is not None:
-        done, verb = f"to draw in {model.steps} steps (the reward {rewards} only judges)", "distill"
+        done, verb = f"to draw in {model.steps} moves, judged by {rewards}", "distill"
         drawn = f"by the {outcome.ends[0]} and by the {outcome.ends[1]} (seed {settings.eval_seed})"
     return "\n".join(
         [

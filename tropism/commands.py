@@ -125,12 +125,12 @@ def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
 
 
 def step_note(model: Trainable, steps: int) -> str:
-    """What is to be said of a student that is drawn with in other moves than those it was taught; empty for none."""
+    """What is to be said of a student that is drawn with in other moves than it was made for; empty for none."""
     if model.hops != "ode" or steps == model.steps:
         return ""
     return (
-        f"note: inference_steps is {steps}, but this student was taught {model.steps} moves; leave inference_steps "
-        f"out, or distil with --student-steps {steps}"
+        f"note: inference_steps is {steps}, but this student was made for {model.steps} moves; others are worse unless "
+        f"it was taught them (mlcm: --stage 2): leave inference_steps out, or distil with --student-steps {steps}"
     )
 
 

@@ -34,11 +34,12 @@ def render(exported: Exported) -> str:
     facts = exported.facts
     what = "A whole pipeline" if exported.kind == "merged" else f"A LoRA in the format of {exported.kind}"
     steps = "" if facts.step is None else f", {facts.step} steps"
+    done = "on the reward" if exported.drawing is None else f"to draw in {exported.drawing.steps} moves, judged by"
     lines = [
         front_matter(facts.model, facts.method, lora=exported.kind != "merged"),
         f"# {facts.title}",
         "",
-        f"{what}, trained by tropism {__version__} with {facts.method} on the reward `{facts.rewards}`{steps}.",
+        f"{what}, trained by tropism {__version__} with {facts.method} {done} `{facts.rewards}`{steps}.",
         "",
         *(line for name in exported.pictures for line in (f"![{_alt(name)}]({name})", "")),
         "## Use",
@@ -53,7 +54,7 @@ def render(exported: Exported) -> str:
 
 
 def _alt(name: str) -> str:
-    return "The same prompts and seeds before and after" if name.startswith("before") else "Samples"
+    return "The same prompts and seeds, both evaluations" if name.startswith("before") else "Samples"
 
 
 def use(exported: Exported) -> Iterable[str]:
@@ -101,7 +102,8 @@ def _rewards(exported: Exported) -> Iterable[str]:
     first, last = tested[0], tested[-1]
     yield from ("## Rewards", "")
     yield f"Means at steps {first['step']} and {last['step']}, the same prompts from the same noise, without chance."
-    yield from ("", "| reward | before | after |", "|---|---|---|")
+    ends = "before | after" if exported.drawing is None else "teacher | student"
+    yield from ("", f"| reward | {ends} |", "|---|---|---|")
     names = {f"eval_{name}": name for name in _names(exported.settings.get("reward"))}
     for key, name in (names if len(names) == 1 else names | {"eval_reward": "weighted sum"}).items():
         if key in first and key in last:

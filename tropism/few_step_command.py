@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tropism import catalog, pictures
-from tropism.commands import adapter_folder, step_note, with_adapter
+from tropism.commands import step_note, with_adapter
 from tropism.config import BadInput
 from tropism.evaluate import deterministic, first_images
 from tropism.export import new_folder
 from tropism.few_step_report import Point, few_step_report, rows, table
 from tropism.few_step_settings import FewStepsSettings
-from tropism.plan import as_bad_input, build_rewards, check_device, check_out, given, load
+from tropism.plan import adapter_folder, as_bad_input, build_rewards, check_device, check_out, given, load
 
 if TYPE_CHECKING:
     from tropism.models.trainable import Trainable
@@ -98,15 +99,22 @@ def _student(settings: FewStepsSettings, folder: Path, device: torch.device) -> 
 def write(folder: Path, points: Sequence[Point], said: dict[str, Any], shown: int = 2) -> None:
     """report.json (with every score), report.csv, chart.png and pictures.png; ``said`` is what was asked for."""
     plain = rows(points)
-    scores = [{**row, "scores": point.evaluation.total.tolist()} for row, point in zip(plain, points, strict=True)]
-    text = json.dumps({**said, "rows": scores, "text": list(points[0].evaluation.text)}, indent=1)
-    (folder / "report.json").write_text(text.replace("NaN", "null"), encoding="utf-8")
+    scores = [[_known(value) for value in point.evaluation.total.tolist()] for point in points]
+    told = [{key: _known(value) for key, value in row.items()} for row in plain]
+    found = [{**row, "scores": own} for row, own in zip(told, scores, strict=True)]
+    text = json.dumps({**said, "rows": found, "text": list(points[0].evaluation.text)}, indent=1, allow_nan=False)
+    (folder / "report.json").write_text(text, encoding="utf-8")
     with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(plain[0]))
         writer.writeheader()
         writer.writerows(plain)
     pictures.save(chart(points, str(said["reward"])), folder / "chart.png")
     pictures.save(sheet(points, shown), folder / "pictures.png")
+
+
+def _known(value: Any) -> Any:
+    """None for a score that is missing."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def chart(points: Sequence[Point], reward: str) -> Any:
