@@ -192,6 +192,7 @@ def test_the_page_speaks_of_teacher_and_student(place: str, tmp_path: Path, caps
     assert result.out.startswith("The student against its teacher: ") and "trained on" not in result.out
     page = (tmp_path / "page.html").read_text()
     assert "Teacher against student in 2 steps, at equal seeds" in page and "<th>teacher</th>" in page
+    assert "judges, weight 1" in page and "trained on" not in page
 
 
 def test_a_step_count_that_was_not_trained_is_noted(place: str, tmp_path: Path, capsys: Any) -> None:

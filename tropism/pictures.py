@@ -216,7 +216,7 @@ class Measured(NamedTuple):
 
 def against_cost(lines: Sequence[Measured], title: str, xlabel: str, ylabel: str) -> Any:
     """A matplotlib figure: what costs twice as much lies one step to the right."""
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     figure, axes = _axes(title, xlabel, ylabel)
     axes.set_xscale("log", base=2)
@@ -226,7 +226,7 @@ def against_cost(lines: Sequence[Measured], title: str, xlabel: str, ylabel: str
         axes.plot(line.xs, line.ys, color=colour, linewidth=2, marker="o", markersize=4, label=line.name)
         for x, y, word in zip(line.xs, line.ys, line.words, strict=True):
             axes.annotate(word, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

@@ -42,6 +42,11 @@ class Run:
         return self.method in catalog.distilling()
 
     @property
+    def role(self) -> str:
+        """Of the rewards that are not held out."""
+        return "judges" if self.distils else "trained on"
+
+    @property
     def ends(self) -> tuple[str, str]:
         """Whose the first evaluation is, and whose the last."""
         student = f"student in {self.config.get('student_steps')} steps"
