@@ -70,7 +70,7 @@ def turbo(build: Callable[[], Any]) -> Callable[[], Any]:
     return with_scheduler(build, EulerDiscreteScheduler, timestep_spacing="trailing", steps_offset=1)
 
 
-CONSISTENCY = ("flow-grpo", "raft", "rwr")
+CONSISTENCY = ("flow-grpo", "raft", "rwr", "distillation")
 PIXART = {"use_resolution_binning": False, "clean_caption": False}
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 DPM1 = {"solver_order": 1, "timestep_spacing": "linspace"}

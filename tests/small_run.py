@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tropism import catalog
 from tropism.cli import main
+
+DISTILLING = {"student_steps": "1", "updates": "2", "lr_schedule": "constant"}  # a cosine depends on how long a run is
 
 REWARDS = """\
 calls = 0
@@ -66,6 +69,7 @@ def train_words(method: str = "ddpo", **changes: str | list[str] | None) -> list
         "eval_every": "1",
         "save_every": "1",
         "learning_rate": "1e-3",
+        **(DISTILLING if method in catalog.distilling() else {}),
         **changes,
     }
     words = ["train", method]

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tropism import __version__
-from tropism.catalog import SHIPPED
+from tropism.catalog import SHIPPED, distilling
 from tropism.evaluate import interval, paired_gain
 
 if TYPE_CHECKING:
@@ -23,24 +23,30 @@ def render(plan: Plan, model: Trainable, outcome: Outcome) -> str:
     """The whole text."""
     settings = plan.settings
     what = "All weights of the denoising network" if settings.full else "A LoRA"
+    rewards = f"`{' '.join(settings.reward)}`"
+    done, verb = f"on the reward {rewards}", "train"
+    drawn = f"before and after (seed {settings.eval_seed}), {model.steps} deterministic steps, guidance "
+    drawn += f"{model.guidance_scale:g}"
+    if outcome.ends is not None:
+        done, verb = f"to draw in {model.steps} moves, judged by {rewards}", "distill"
+        drawn = f"by the {outcome.ends[0]} and by the {outcome.ends[1]} (seed {settings.eval_seed})"
     return "\n".join(
         [
             front_matter(settings.model, plan.method, lora=not settings.full),
             f"# {plan.method} on {settings.model}",
             "",
-            f"{what} trained by tropism {__version__} with {plan.method} on the "
-            f"reward `{' '.join(settings.reward)}`: {outcome.steps} steps, {outcome.images} images.",
+            f"{what} trained by tropism {__version__} with {plan.method} {done}: {outcome.steps} steps, "
+            f"{outcome.images} images.",
             "",
-            "![The same prompts and seeds before and after](before_after.png)",
+            f"![The same prompts and seeds, {' and '.join(outcome.labels)}](before_after.png)",
             "",
             "## Use",
             "",
             _snippet(plan, model),
             "## Evaluation",
             "",
-            f"{settings.eval_images} images of `{settings.eval_prompts}`, the same prompts from the same noise before "
-            f"and after (seed {settings.eval_seed}), {model.steps} deterministic steps, guidance "
-            f"{model.guidance_scale:g}. Means, with 95 % bootstrap intervals.",
+            f"{settings.eval_images} images of `{settings.eval_prompts}`, the same prompts from the same noise {drawn}"
+            ". Means, with 95 % bootstrap intervals.",
             "",
             *_table(outcome),
             "",
@@ -48,7 +54,7 @@ def render(plan: Plan, model: Trainable, outcome: Outcome) -> str:
             "",
             "## Settings",
             "",
-            f"`tropism train {plan.method} --config config.yaml` runs this again.",
+            f"`tropism {verb} {plan.method} --config config.yaml` runs this again.",
             "",
             "| setting | value |",
             "|---|---|",
@@ -62,7 +68,8 @@ def front_matter(model: str, method: str, lora: bool) -> str:
     """The header that hubs read, with the name of the base model."""
     shipped = model in SHIPPED
     licence = {"license": "apache-2.0"} if shipped else {"license": "other", "license_name": "as-the-base-model"}
-    tags = ["text-to-image", "diffusers", "tropism", "reward-fine-tuning", method]
+    what = "distillation" if method in distilling() else "reward-fine-tuning"
+    tags = ["text-to-image", "diffusers", "tropism", what, method]
     facts = {
         "base_model": model,
         "library_name": "diffusers",
@@ -85,7 +92,7 @@ def _snippet(plan: Plan, model: Trainable) -> str:
 
 def _table(outcome: Outcome) -> Iterable[str]:
     """One line a reward, and one for their sum where there are several."""
-    yield "| reward | before | after | gain | better | pairs |"
+    yield f"| reward | {' | '.join(outcome.labels)} | gain | better | pairs |"
     yield "|---|---|---|---|---|---|"
     pairs = {name: (outcome.before.parts[name], outcome.after.parts[name]) for name in outcome.before.parts}
     if len(pairs) > 1 or not torch.equal(outcome.before.total.nan_to_num(), next(iter(pairs.values()))[0].nan_to_num()):

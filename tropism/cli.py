@@ -57,6 +57,12 @@ COMMANDS: Mapping[str, Command] = {
         "score a model, and compare it with its base at equal seeds",
         "Score a model; with --adapter, compare it with its base.",
     ),
+    "few-steps": Command(
+        "few_step_settings:FewStepsSettings",
+        "few_step_command:run_few_steps",
+        "quality against moves, network calls and seconds, of a teacher and its students",
+        "Draw with a teacher and its students in 1, 2, 4, ... moves: reward, network calls and seconds of each.",
+    ),
     "reward test": Command(
         "reward_settings:RewardTestSettings",
         "reward_commands:run_test",

@@ -119,7 +119,19 @@ def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
         with as_bad_input(ValueError, OSError):
             model = with_adapter(model, adapter)
     steps = model.steps if settings.inference_steps is None else settings.inference_steps
+    if note := step_note(model, steps):
+        print(note)
     return model, deterministic(model, steps, settings.guidance_scale, settings.batch_size)
+
+
+def step_note(model: Trainable, steps: int) -> str:
+    """What is to be said of a student that is drawn with in other moves than it was made for; empty for none."""
+    if model.hops != "ode" or steps == model.steps:
+        return ""
+    return (
+        f"note: inference_steps is {steps}, but this student was made for {model.steps} moves; others are worse unless "
+        f"it was taught them (mlcm: --stage 2): leave inference_steps out, or distil with --student-steps {steps}"
+    )
 
 
 def with_adapter(model: Trainable, adapter: Path) -> Trainable:
@@ -128,7 +140,9 @@ def with_adapter(model: Trainable, adapter: Path) -> Trainable:
         model.train_full()
     model.load_adapter(adapter)
     told = catalog.told(adapter)
-    return model.few_step(told["hops"], int(told["steps"])) if "hops" in told else model
+    if "hops" not in told or told["hops"] == model.hops:
+        return model
+    return model.few_step(told["hops"], int(told["steps"]))
 
 
 def _guidance(settings: PickSettings, model: Trainable) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tropism.base import Prompts
 from tropism.config import BadInput, RunFailed, TrainSettings, one_line
 from tropism.data.prompts import batches
-from tropism.evaluate import deterministic, draw_images, first_images
+from tropism.evaluate import draw_images, first_images
 from tropism.health import Watched, blank, check_finite_pictures
 from tropism.log import clock
 from tropism.memory import MIB, free_mib, memory_plan, resident_bytes
@@ -133,10 +133,9 @@ class Exam:
 
     @cached_property
     def pictures(self) -> Tensor:
-        """Two images (2, 3, H, W) of the model before training, as an evaluation draws them."""
-        model = self.bench.model
-        policy, text = deterministic(model, model.steps), first_images(self.plan.eval_prompts, 2).text
-        with model.reference():
+        """Two images (2, 3, H, W) of the model before training, a student's teacher, as an evaluation draws them."""
+        policy, text = self.bench.evaluator.before, first_images(self.plan.eval_prompts, 2).text
+        with self.bench.model.reference():
             return torch.cat([images.float() for images in draw_images(policy, text, self.plan.settings.eval_seed)])
 
     @torch.no_grad()
@@ -182,6 +181,8 @@ def check_reward(exam: Exam) -> Row:
 def check_reference(exam: Exam) -> Row:
     """A model that has learnt nothing is its own reference, bit by bit."""
     apart = float((exam.answer() - exam.answer(reference=True)).abs().max())
+    if exam.plan.settings.start_from is not None and apart:
+        return Row("reference", f"the answer differs by {apart:.1e}: it starts from {exam.plan.settings.start_from}")
     said = f"KL to the model before training: {'0' if apart == 0 else f'not 0, answers differ by {apart:.1e}'}"
     return Row("reference", said, "ok" if apart == 0 else "fail", "" if apart == 0 else "load the base model anew")
 
@@ -214,7 +215,7 @@ def check_update(exam: Exam) -> Row:
     bench, found = exam.bench, list[Step]()
     own = {name: 1 for name in ("updates", "inner_epochs") if hasattr(exam.plan.method_settings, name)}
     generator = torch.Generator().manual_seed(exam.plan.settings.seed + 2)
-    method = replace(exam.plan.method_settings, **own).build(bench.model, Watched(bench.reward), generator)
+    method = bench.build(replace(exam.plan.method_settings, **own), Watched(bench.reward), generator)
     before, reference = exam.answer(), exam.answer(reference=True)
     norm = exam.plan.method_settings.max_grad_norm
     train(method, [exam.batch], bench.optimizer, steps=1, max_norm=norm, hooks=[found.append])

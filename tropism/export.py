@@ -28,7 +28,7 @@ from tropism.export_header import Facts, header
 from tropism.plan import adapter_folder, as_bad_input, check_out, load
 
 if TYPE_CHECKING:
-    from tropism.models.exported import Base, LoraFile
+    from tropism.models.exported import Base, Drawing, LoraFile
 
 UNSOUND = (ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError)
 PEFT_FILE = "adapter_model.safetensors"
@@ -62,6 +62,7 @@ def run_export(settings: ExportSettings) -> Path:
     dtype = getattr(torch, settings.precision)
     with as_bad_input(*UNSOUND, prefix=f"the model {model} cannot be read: "):
         base = catalog.exporter(model).read_base(catalog.check_model(model))
+        drawing = catalog.exporter(model).read_drawing(catalog.check_model(model), source.weights)
     if (source.weights / base.part).is_dir() and not settings.merge:
         raise BadInput(
             f"{settings.run} has trained all weights of the {base.part} and no LoRA; wanted --format diffusers --merge"
@@ -70,7 +71,7 @@ def run_export(settings: ExportSettings) -> Path:
     write = _merged(source, model, dtype) if settings.merge else _lora(source, settings.format, base, facts, dtype)
     with new_folder(out) as folder:
         write(folder)
-        (folder / "README.md").write_text(_card(source, settings, base, facts, folder), encoding="utf-8")
+        (folder / "README.md").write_text(_card(source, settings, base, facts, drawing, folder), encoding="utf-8")
     print(f"{settings.format}{', merged' if settings.merge else ''}: {out} (its README.md says how to load it)")
     return out
 
@@ -154,7 +155,9 @@ def _merged(source: Source, name: str, dtype: torch.dtype) -> Any:
     return lambda folder: catalog.exporter(name).save_merged(model, folder, dtype)
 
 
-def _card(source: Source, settings: ExportSettings, base: Base, facts: Facts, folder: Path) -> str:
+def _card(
+    source: Source, settings: ExportSettings, base: Base, facts: Facts, drawing: Drawing | None, folder: Path
+) -> str:
     """The text of the card, after its pictures were copied."""
     pictures = []
     for picture in _pictures(source):
@@ -163,7 +166,7 @@ def _card(source: Source, settings: ExportSettings, base: Base, facts: Facts, fo
     rows = [] if source.folder is None else read_rows(source.folder)
     rows = [row for row in rows if source.step is None or row["step"] <= source.step]
     kind = "merged" if settings.merge else settings.format
-    return render(Exported(kind, facts, base, source.name, source.settings, rows, pictures))
+    return render(Exported(kind, facts, base, source.name, source.settings, rows, pictures, drawing))
 
 
 def _pictures(source: Source) -> list[Path]:

@@ -13,7 +13,7 @@ from tropism.config import BadInput
 from tropism.export_header import Facts
 
 if TYPE_CHECKING:
-    from tropism.models.exported import Base
+    from tropism.models.exported import Base, Drawing
 
 
 class Exported(NamedTuple):
@@ -26,6 +26,7 @@ class Exported(NamedTuple):
     settings: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]  # of the metrics, up to the step
     pictures: Sequence[str]
+    drawing: Drawing | None = None  # of a student
 
 
 def render(exported: Exported) -> str:
@@ -33,11 +34,12 @@ def render(exported: Exported) -> str:
     facts = exported.facts
     what = "A whole pipeline" if exported.kind == "merged" else f"A LoRA in the format of {exported.kind}"
     steps = "" if facts.step is None else f", {facts.step} steps"
+    done = "on the reward" if exported.drawing is None else f"to draw in {exported.drawing.steps} moves, judged by"
     lines = [
         front_matter(facts.model, facts.method, lora=exported.kind != "merged"),
         f"# {facts.title}",
         "",
-        f"{what}, trained by tropism {__version__} with {facts.method} on the reward `{facts.rewards}`{steps}.",
+        f"{what}, trained by tropism {__version__} with {facts.method} {done} `{facts.rewards}`{steps}.",
         "",
         *(line for name in exported.pictures for line in (f"![{_alt(name)}]({name})", "")),
         "## Use",
@@ -52,7 +54,7 @@ def render(exported: Exported) -> str:
 
 
 def _alt(name: str) -> str:
-    return "The same prompts and seeds before and after" if name.startswith("before") else "Samples"
+    return "The same prompts and seeds, both evaluations" if name.startswith("before") else "Samples"
 
 
 def use(exported: Exported) -> Iterable[str]:
@@ -64,6 +66,10 @@ def use(exported: Exported) -> Iterable[str]:
         lines.insert(0, "from tropism.catalog import check_model")
         base = f"check_model({base})"
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({base})")
+    drawing = exported.drawing
+    if drawing is not None:
+        yield f"It was made for {drawing.steps} steps with guidance {drawing.guidance_scale:g}."
+        yield ""
     if exported.kind == "merged":
         lines = ["from diffusers import DiffusionPipeline", "", 'pipe = DiffusionPipeline.from_pretrained(".")']
     elif exported.kind == "diffusers":
@@ -81,6 +87,8 @@ def use(exported: Exported) -> Iterable[str]:
         yield f"`{name}` goes into `models/Lora` of WebUI or Forge, is `--network_weights` of sd-scripts; in diffusers:"
         yield ""
         lines.append(f'pipe.load_lora_weights(".", weight_name="{name}")')
+    if drawing is not None and exported.kind != "merged":
+        lines = [*drawing.imports, *lines, *drawing.lines]
     yield "```python"
     yield from lines
     yield "```\n\nThe dot is the folder of this file."
@@ -94,7 +102,8 @@ def _rewards(exported: Exported) -> Iterable[str]:
     first, last = tested[0], tested[-1]
     yield from ("## Rewards", "")
     yield f"Means at steps {first['step']} and {last['step']}, the same prompts from the same noise, without chance."
-    yield from ("", "| reward | before | after |", "|---|---|---|")
+    ends = "before | after" if exported.drawing is None else "teacher | student"
+    yield from ("", f"| reward | {ends} |", "|---|---|---|")
     names = {f"eval_{name}": name for name in _names(exported.settings.get("reward"))}
     for key, name in (names if len(names) == 1 else names | {"eval_reward": "weighted sum"}).items():
         if key in first and key in last:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -141,7 +141,13 @@ def keep_strip(folder: Path, name: str, images: Tensor, text: Sequence[str]) -> 
 
 
 def before_after(
-    before: Tensor, after: Tensor, captions: Sequence[str], scores: tuple[Tensor, Tensor], title: str, subtitle: str
+    before: Tensor,
+    after: Tensor,
+    captions: Sequence[str],
+    scores: tuple[Tensor, Tensor],
+    title: str,
+    subtitle: str,
+    labels: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
     """One column a prompt: the caption, the picture before (N, 3, H, W), its reward, the picture after, its reward."""
     texts = [wrap(text, TILE) for text in captions]
@@ -151,8 +157,8 @@ def before_after(
     sheet = _Sheet(wide + 2 * MARGIN, second + TILE + LINE + 8 + MARGIN)
     sheet.text(MARGIN, MARGIN - 4, _cut(title, wide, _font(17, True)), size=17, bold=True)
     sheet.text(MARGIN, MARGIN + 22, _cut(subtitle, wide, _font(SIZE)), FAINT)
-    sheet.text(MARGIN, first + TILE // 2 - 8, "before", FAINT, 15, True)
-    sheet.text(MARGIN, second + TILE // 2 - 8, "after", INK, 15, True)
+    sheet.text(MARGIN, first + TILE // 2 - 8, labels[0], FAINT, 15, True)
+    sheet.text(MARGIN, second + TILE // 2 - 8, labels[1], INK, 15, True)
     for i, (old, new) in enumerate(zip(scores[0].tolist(), scores[1].tolist(), strict=True)):
         x = MARGIN + GUTTER + i * (TILE + GAP)
         sheet.lines(x, first - 6 - len(texts[i]) * LINE, texts[i])
@@ -179,13 +185,9 @@ def _decimals(*values: float) -> int:
 
 def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
     """A matplotlib figure of metrics rows: the reward in training, and on held-out prompts with its 95 % band."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _axes(title, "step", reward)
     trained = [(row["step"], row["reward_mean"]) for row in rows if row.get("reward_mean") is not None]
     tested = [row for row in rows if row.get("eval_reward") is not None]
     if trained:
@@ -196,14 +198,54 @@ def curve(rows: Sequence[Mapping[str, Any]], title: str, reward: str) -> Any:
         axes.fill_between(steps, low, high, color="#2563eb", alpha=0.16, linewidth=0, label="95 % interval")
         axes.plot(steps, [row["eval_reward"] for row in tested], color="#2563eb", linewidth=2, marker="o",
                   markersize=4, label="evaluation, equal seeds")  # fmt: skip
-    axes.set(xlabel="step", ylabel=reward)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+class Measured(NamedTuple):
+    """A line of ``against_cost``: points with their interval, and a word at each."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    words: Sequence[str]
+
+
+def against_cost(lines: Sequence[Measured], title: str, xlabel: str, ylabel: str) -> Any:
+    """A matplotlib figure: what costs twice as much lies one step to the right."""
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+    figure, axes = _axes(title, xlabel, ylabel)
+    axes.set_xscale("log", base=2)
+    for place, line in enumerate(lines):
+        colour = f"C{place}"
+        axes.fill_between(line.xs, line.low, line.high, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(line.xs, line.ys, color=colour, linewidth=2, marker="o", markersize=4, label=line.name)
+        for x, y, word in zip(line.xs, line.ys, line.words, strict=True):
+            axes.annotate(word, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    """A figure in the style of the house, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return figure
+    return figure, axes
 
 
 def save(picture: Any, file: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +67,7 @@ class Bench:
     processes: Processes
     evaluator: Evaluator  # knows the held-out rewards as well
     best_by: str  # entry of the evaluation's metrics that says which is best
+    build: Callable[..., Any]  # (method's settings, reward, generator) -> another method on the same model
 
 
 # Checks; nothing is loaded.
@@ -270,9 +271,12 @@ def set_up(plan: Plan) -> Bench:
     names = {spec.name: each.name for spec, (each, _) in zip(specs, judged.rewards, strict=True)}
     reward = Weighted(judged.rewards[: len(plan.rewards)], name=judged.name)
     watched = Watched(reward)
+
+    def build(own: Any, reward: Reward, generator: torch.Generator) -> Any:
+        return own.build(model, reward, generator, **_pictures(plan))
+
     with as_bad_input(ValueError, TypeError):
-        generator = torch.Generator().manual_seed(settings.seed + 1)
-        method = plan.method_settings.build(model, watched, generator, **_pictures(plan))
+        method = build(plan.method_settings, watched, torch.Generator().manual_seed(settings.seed + 1))
     with as_bad_input(ValueError, TypeError, prefix=f"{plan.method} does not suit the model {settings.model}: "):
         _try_one_move(method, plan.prompts.text[0])
     for name in ("policy", "teacher"):
@@ -284,7 +288,8 @@ def set_up(plan: Plan) -> Bench:
     best_by = names.get(str(settings.best_by), str(settings.best_by))
     ema, evaluator = _ema(model, settings.ema), _evaluator(plan, model, method, judged)
     trained = method.policy.model if distils(plan.method_settings) else model
-    return Bench(trained, reward, method, optimizer, ema, watched, plan.processes, evaluator, f"eval_{best_by}")
+    best_by = f"eval_{best_by}"
+    return Bench(trained, reward, method, optimizer, ema, watched, plan.processes, evaluator, best_by, build)
 
 
 def _pictures(plan: Plan) -> dict[str, Any]:

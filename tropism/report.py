@@ -14,6 +14,8 @@ from tropism.log import clock
 if TYPE_CHECKING:
     from PIL import Image
 
+    from tropism.policy import Policy
+
 COMPARED = 6  # prompts of the picture
 
 
@@ -27,11 +29,29 @@ class Outcome:
     seconds: float  # of training, with the evaluations in between
     images: int  # drawn in training
     steps: int  # made
+    ends: tuple[str, str] | None = None  # whose the evaluations are, where not one model's before and after
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Of the two evaluations, a word each."""
+        return ("before", "after") if self.ends is None else ("teacher", "student")
 
     @cached_property
     def gain(self) -> Gain:
         """Of the (weighted sum of the) rewards."""
         return paired_gain(self.before.total, self.after.total)
+
+
+def ends_of(before: Policy, after: Policy) -> tuple[str, str] | None:
+    """What teacher and student are called, by how they were evaluated; None where they are one model."""
+    return None if before is after else (f"teacher in {drawn_in(before)}", f"student in {drawn_in(after)}")
+
+
+def drawn_in(policy: Policy) -> str:
+    """20 steps (guidance 3)."""
+    scale = policy.model.guidance_scale if policy.guidance is None else policy.guidance
+    told = "" if callable(scale) or scale == 1 else f" (guidance {scale:g})"
+    return f"{policy.steps} step{'s' if policy.steps > 1 else ''}{told}"
 
 
 def in_words(gain: Gain) -> str:
@@ -53,20 +73,26 @@ def compared(outcome: Outcome, reward: str, how: str) -> Image.Image:
         (before.total[:COMPARED], after.total[:COMPARED]),
         f"{reward}: {float(before.total.nanmean()):.3f} → {float(after.total.nanmean()):.3f}",
         f"{how}; {in_words(outcome.gain)}",
+        outcome.labels,
     )
 
 
 def summary(outcome: Outcome) -> str:
     """What is printed at the end."""
     before, after = float(outcome.before.total.nanmean()), float(outcome.after.total.nanmean())
+    whose = outcome.labels if outcome.ends is None else [f"by the {each}" for each in outcome.ends]
+    files = {
+        " and ".join(outcome.labels): "before_after.png",
+        "curve": "curve.png",
+        "report": "report.html",
+        "adapter": "adapter",
+        "model card": "README.md",
+    }
+    width = max(map(len, files))
     return "\n".join(
         [
-            f"done in {clock(outcome.seconds)}: reward {before:.3f} before, {after:.3f} after",
+            f"done in {clock(outcome.seconds)}: reward {before:.3f} {whose[0]}, {after:.3f} {whose[1]}",
             f"  {in_words(outcome.gain)}",
-            f"  before and after  {outcome.folder / 'before_after.png'}",
-            f"  curve             {outcome.folder / 'curve.png'}",
-            f"  report            {outcome.folder / 'report.html'}",
-            f"  adapter           {outcome.folder / 'adapter'}",
-            f"  model card        {outcome.folder / 'README.md'}",
+            *(f"  {name:<{width}}  {outcome.folder / file}" for name, file in files.items()),
         ]
     )

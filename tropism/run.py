@@ -32,7 +32,7 @@ from tropism.log import Lines, Progress, reason, start_trackers
 from tropism.pages.run_page import write_report
 from tropism.plan import Bench, Plan, as_bad_input, set_up
 from tropism.processes import leave
-from tropism.report import Outcome, compared
+from tropism.report import Outcome, compared, ends_of
 from tropism.resume import BEST, checkpoints, fingerprint
 from tropism.rewards import RewardError
 from tropism.stopping import stop_when_asked
@@ -312,7 +312,8 @@ class Run:
     def finish(self) -> Outcome:
         """Saves the adapter, the pictures and the model card."""
         seconds = time.perf_counter() - self.started
-        outcome = Outcome(self.out, self.before.evaluation, self.after.evaluation, seconds, self.images, self.at)
+        ends = ends_of(self.evaluator.before, self.evaluator.policy)
+        outcome = Outcome(self.out, self.before.evaluation, self.after.evaluation, seconds, self.images, self.at, ends)
         if not self.first:
             return outcome
         self._save_adapter()

@@ -2,8 +2,8 @@
 
 python recipes/scenes/few.py --out ~/scenes-weights/lcm
 
-What `tropism distill lcm --config recipes/lcm.yaml` learns is merged into the transformer, in half precision; all else is
-the flow pipeline's. Goes on from the run's last checkpoint if there is one.
+What `tropism distill lcm --config recipes/lcm.yaml` learns is merged into the transformer, in half precision; all else
+is the flow pipeline's. Goes on from the run's last checkpoint if there is one.
 """
 
 from __future__ import annotations

@@ -109,9 +109,9 @@ def _called(name: str) -> Trainable:
 
 def told(adapter: Path) -> dict[str, Any]:
     """How an adapter says that it is to be drawn with, if it does. Raises ValueError."""
-    from tropism.models.pipelines import read_told
+    from tropism.models.pipelines import read_defaults
 
-    return read_told(adapter)
+    return read_defaults(adapter)
 
 
 def exporter(model: str) -> Any:

@@ -34,6 +34,7 @@ TABLE = (
     "trained_betas",
     "prediction_type",
     "rescale_betas_zero_snr",
+    "steps_offset",  # not used, but StableDiffusionPipeline warns of another than 1
 )
 LCM = "LCMScheduler"
 FEW_STEPS = 4  # of a consistency model, as diffusers' LCM pipeline
@@ -77,9 +78,10 @@ class DDPMPipeline(LatentPipeline):
         denoiser = NetDenoiser(self.net, DDPMTable(table, last), target, takes_guidance=self.takes_guidance(self.pipe))
         return ConsistencyDenoiser(denoiser, float(config.timestep_scaling)) if is_consistency(self.pipe) else denoiser
 
-    def _few_step_scheduler(self, hops: Hops, steps: int) -> Any:
+    @classmethod
+    def few_step_scheduler(cls, scheduler: Any, hops: Hops, steps: int) -> Any:
         """LCM's, or DDIM's from the last level of the table, on the same betas."""
-        own = self.pipe.scheduler.config
+        own = scheduler.config
         kept = {name: own[name] for name in TABLE if own.get(name) is not None}
         if hops == "consistency":
             return LCMScheduler(**kept, clip_sample=False)  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
@@ -15,8 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tropism.models.adapters import LORA_FILE, METADATA, Lora
+from tropism.models.few_step import scheduler_lines
 from tropism.models.lora_names import Layer, in_kohya
+from tropism.models.pipelines import FAMILIES, pipeline_class, read_defaults
 from tropism.models.plain_adapters import CONFIG_FILE, PlainLora
+from tropism.models.trainable import DEFAULTS_FILE
 
 if TYPE_CHECKING:
     from tropism.models.trainable import Trainable
@@ -33,6 +37,15 @@ class Base(NamedTuple):
     network: Mapping[str, Any]  # its config
     prediction: str  # epsilon, v_prediction, sample or flow
     resolution: tuple[int, int]  # height and width in pixels
+
+
+class Drawing(NamedTuple):
+    """How what was trained is drawn with, where that is not as its base model."""
+
+    imports: list[str]
+    lines: list[str]  # assignments to ``pipe``
+    steps: int
+    guidance_scale: float
 
 
 class LoraFile(NamedTuple):
@@ -59,6 +72,21 @@ def read_base(name_or_path: str | Path) -> Base:
     height, width = (size, size) if isinstance(size, int) else size
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
     return Base(str(index["_class_name"]), part, dict(network), str(prediction), (height * cell, width * cell))
+
+
+def read_drawing(name_or_path: str | Path, weights: Path) -> Drawing | None:
+    """Of a student: the scheduler, steps and guidance that ``weights/tropism.json`` says; None for what is no student.
+
+    Raises ValueError or OSError.
+    """
+    told = read_defaults(weights)
+    if "hops" not in told:
+        return None
+    index: Mapping[str, Any] = DiffusionPipeline.load_config(str(name_or_path))
+    family = FAMILIES[pipeline_class(str(index["_class_name"]), str(name_or_path))]
+    own = getattr(diffusers, index["scheduler"][1]).from_pretrained(str(name_or_path), subfolder="scheduler")
+    scheduler = family.few_step_scheduler(own, told["hops"], int(told["steps"]))
+    return Drawing(*scheduler_lines(scheduler), int(told["steps"]), float(told["guidance_scale"]))
 
 
 def lora_file(format: str, folder: Path, base: Base, name: str, dtype: torch.dtype) -> LoraFile:
@@ -128,7 +156,7 @@ def _peft_config(config: LoraConfig, name: str) -> dict[str, Any]:
 
 
 def save_merged(model: Trainable, folder: Path, dtype: torch.dtype) -> None:
-    """The whole pipeline, what was trained inside its weights, with ``tropism.json``: guidance and steps as here.
+    """The whole pipeline, what was trained inside its weights, with ``tropism.json``: how it is drawn with here.
 
     The model is of no use to tropism afterwards: its LoRA is gone.
     """
@@ -137,8 +165,7 @@ def save_merged(model: Trainable, folder: Path, dtype: torch.dtype) -> None:
         if isinstance(module, nn.Module) and next(module.parameters()).dtype != dtype:
             module.to(dtype)
     model.pipe.save_pretrained(folder, safe_serialization=True)
-    facts = {"guidance_scale": model.guidance_scale, "steps": model.steps}
-    (folder / "tropism.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / DEFAULTS_FILE).write_text(json.dumps(model.told()), encoding="utf-8")
 
 
 def _merge(net: Any) -> None:

@@ -79,17 +79,19 @@ class FlowPipeline(LatentPipeline):
         denoiser = NetDenoiser(self.net, self._schedule, "flow", takes_guidance=self.takes_guidance(self.pipe))
         return ConsistencyDenoiser(denoiser, None) if is_consistency(self.pipe) else denoiser
 
-    def _few_step_scheduler(self, hops: Hops, steps: int) -> Any:
+    @classmethod
+    def few_step_scheduler(cls, scheduler: Any, hops: Hops, steps: int) -> Any:
         """Even levels: ``num_inference_steps=steps`` ends at 1 / steps, and diffusers has no other way to say so."""
         kind = FlowMatchLCMScheduler if hops == "consistency" else FlowMatchEulerDiscreteScheduler
-        size = self.pipe.scheduler.config.num_train_timesteps
+        size = scheduler.config.num_train_timesteps
         return kind(num_train_timesteps=size, shift=1.0, shift_terminal=1 / steps if steps > 1 else None)
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) levels from 1 to 0: the scheduler's, or even ones of a pipeline that is made for few steps.
 
-        Those are what diffusers walks by default for as many steps as it was made for; for another number give it
-        ``sigmas=[1, ..., 1 / steps]``.
+        Those are what diffusers walks for as many steps as it was made for. For another number give its scheduler
+        another ``shift_terminal``, 1 / steps or for one step None: it stretches ``sigmas`` of its caller to that as
+        well.
         """
         terminal = self.pipe.scheduler.config.get("shift_terminal")
         few = self.hops is not None or is_consistency(self.pipe) or terminal

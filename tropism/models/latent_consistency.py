@@ -22,7 +22,7 @@ class LatentConsistency(StableDiffusion):
         "consistency function on a DDPM table",
         "an input (or none)",
         "1 to 8",
-        "all but flow-grpo, raft, rwr",
+        "all but flow-grpo, raft, rwr, distillation",
     )
     default_guidance = 8.5
     default_steps = FEW_STEPS

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tropism.base import Denoiser, Hops
 from tropism.models.adapters import Trained
+from tropism.models.few_step import scheduler_lines
 from tropism.models.onednn import twin, twin_pays
 from tropism.models.phrases import token_phrases
 from tropism.models.trainable import Trainable, clamped
@@ -84,9 +85,10 @@ class LatentPipeline(Trainable):
     @abstractmethod
     def _build_denoiser(self) -> Denoiser: ...
 
+    @classmethod
     @abstractmethod
-    def _few_step_scheduler(self, hops: Hops, steps: int) -> Any:
-        """The scheduler with which plain diffusers draws in these moves."""
+    def few_step_scheduler(cls, scheduler: Any, hops: Hops, steps: int) -> Any:
+        """The scheduler with which plain diffusers draws in these moves, from that of the teacher."""
 
     @classmethod
     def takes_guidance(cls, pipe: Any) -> bool:
@@ -177,7 +179,7 @@ class LatentPipeline(Trainable):
     def _few_step_view(self, hops: Hops, steps: int) -> Self:
         view = copy.copy(self)
         view.pipe = copy.copy(self.pipe)
-        view.pipe.scheduler = self._few_step_scheduler(hops, steps)
+        view.pipe.scheduler = self.few_step_scheduler(self.pipe.scheduler, hops, steps)
         view.check(view.pipe)
         view._guidance_scale = self.guidance_scale if self.takes_guidance(self.pipe) else 1.0
         view.denoiser = view._build_denoiser()
@@ -222,6 +224,8 @@ class LatentPipeline(Trainable):
         else:
             lines.insert(1, "from peft import PeftModel")
             lines.append(f'pipe.{self.part} = PeftModel.from_pretrained(pipe.{self.part}, "{adapter}")')
+        if self.hops is not None:
+            lines[0:0], lines[len(lines) :] = scheduler_lines(self.pipe.scheduler)
         call = f"{prompt!r}, num_inference_steps={self.steps}, guidance_scale={self.guidance_scale:g}"
         if self.image_size is not None:
             call += f", height={self.image_size[0]}, width={self.image_size[1]}"

@@ -141,5 +141,6 @@ class OwnModel(Trainable):
             f'model = load_model({base}, torch.float32, torch.device("cpu"))',
             *(["model.train_full()"] if full else []),
             f'model.load_adapter("{adapter}")  # the folder beside this file',
+            *([] if self.hops is None else [f'model = model.few_step("{self.hops}", {self.steps})']),
             f"images = deterministic(model, model.steps).images([{prompt!r}])  # (1, 3, H, W) in [0, 1]",
         ]

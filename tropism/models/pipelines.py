@@ -42,7 +42,7 @@ FAMILIES: Mapping[type[Any], type[LatentPipeline]] = {
     PixArtAlphaPipeline: PixArt,
     PixArtSigmaPipeline: PixArt,
 }
-DISTILLED: Mapping[str, Mapping[str, float]] = {  # on the hub, where no file says so
+DISTILLED: Mapping[str, Mapping[str, Any]] = {  # on the hub, where no file says so
     "stabilityai/sd-turbo": {"guidance_scale": 1.0, "steps": 1},
     "stabilityai/sdxl-turbo": {"guidance_scale": 1.0, "steps": 1},
 }
@@ -65,8 +65,9 @@ def load_pipeline(
     """A pipeline from a local folder (as ``pipe.save_pretrained`` writes it) or, when there is none, a hub name.
 
     Default guidance and steps are the pipeline class's, unless the folder has a ``tropism.json`` such as
-    {"guidance_scale": 3.0, "steps": 20}, unless given here. ``from_pretrained`` takes diffusers' own arguments
-    (``variant="fp16"``, ``safety_checker=None``, ``text_encoder_3=None``). Weights are read from safetensors only.
+    {"guidance_scale": 3.0, "steps": 20}, unless given here; "hops" there marks a student. ``from_pretrained`` takes
+    diffusers' own arguments (``variant="fp16"``, ``safety_checker=None``, ``text_encoder_3=None``). Weights are read
+    from safetensors only.
     Raises ValueError, in one sentence and before any weights load, for a missing folder, unknown family or wrong file.
     """
     folder = Path(name_or_path)
@@ -89,7 +90,7 @@ def load_pipeline(
         if not from_pretrained:
             FAMILIES[kind].check(sketch(folder, index))
     pipe = kind.from_pretrained(str(name_or_path), dtype=dtype, use_safetensors=True, local_files_only=local, **options)
-    return wrap_pipeline(
+    model = wrap_pipeline(
         pipe.to(device),
         guidance_scale=defaults.get("guidance_scale") if guidance_scale is None else guidance_scale,
         steps=int(defaults["steps"]) if steps is None and "steps" in defaults else steps,
@@ -97,6 +98,8 @@ def load_pipeline(
         image_size=image_size,
         onednn=onednn,
     )
+    model.hops = defaults.get("hops")
+    return model
 
 
 def wrap_pipeline(
@@ -120,13 +123,11 @@ def wrap_pipeline(
     )
 
 
-def read_defaults(folder: Path) -> dict[str, float]:
-    """``guidance_scale`` and ``steps`` of ``folder/tropism.json``, or {}. Raises ValueError for any other content."""
-    return {name: value for name, value in read_told(folder).items() if name != "hops"}
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """``guidance_scale``, ``steps``, and of what was distilled ``hops``, of ``folder/tropism.json``, or {}.
 
-
-def read_told(folder: Path) -> dict[str, Any]:
-    """The same, and the ``hops`` of what was distilled."""
+    Raises ValueError for any other content.
+    """
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return {}

@@ -35,7 +35,7 @@ class Trainable(ABC):
     latent_shape: tuple[int, ...]
     steps: int
     negative_prompt: str
-    hops: Hops | None = None  # of a few-step view
+    hops: Hops | None = None  # of a model that is made for few steps
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -116,7 +116,7 @@ class Trainable(ABC):
         is made for few steps already.
         """
         if self.hops is not None or isinstance(self.denoiser, ConsistencyDenoiser):
-            raise ValueError("this model is made for few steps already; start from the model that it was made of")
+            raise ValueError("model is made for few steps already; wanted the model that it was distilled from")
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
         view = self._few_step_view(hops, steps)
@@ -264,9 +264,13 @@ class Trainable(ABC):
             raise ValueError("nothing was trained, so there is nothing to save; call add_lora() or train_full() first")
         saved = self._trained.save(Path(folder))
         if self.hops is not None:
-            told = {"guidance_scale": self.guidance_scale, "steps": self.steps, "hops": self.hops}
-            (Path(folder) / DEFAULTS_FILE).write_text(json.dumps(told), encoding="utf-8")
+            (Path(folder) / DEFAULTS_FILE).write_text(json.dumps(self.told()), encoding="utf-8")
         return saved
+
+    def told(self) -> dict[str, Any]:
+        """How it is drawn with, as ``tropism.json`` says it."""
+        said = {"guidance_scale": self.guidance_scale, "steps": self.steps}
+        return said if self.hops is None else said | {"hops": self.hops}
 
     def load_adapter(self, folder: str | Path) -> None:
         """Continues from ``save_adapter``; without anything trained yet, first adds a LoRA like the saved one.

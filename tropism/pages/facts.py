@@ -37,6 +37,22 @@ class Run:
         return self.folder.resolve().name
 
     @cached_property
+    def distils(self) -> bool:
+        """Whether the first evaluation is a teacher's and the others are its student's."""
+        return self.method in catalog.distilling()
+
+    @property
+    def role(self) -> str:
+        """Of the rewards that are not held out."""
+        return "judges" if self.distils else "trained on"
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Whose the first evaluation is, and whose the last."""
+        student = f"student in {self.config.get('student_steps')} steps"
+        return ("teacher", student) if self.distils else ("base", "tuned")
+
+    @cached_property
     def tested(self) -> list[Row]:
         """The rows with an evaluation."""
         return [row for row in self.rows if "eval_reward" in row]

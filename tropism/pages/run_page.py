@@ -66,7 +66,7 @@ def _reward_row(run: Run, name: str) -> dict[str, Any]:
     held = not run.weights[name]
     return {
         "name": name,
-        "role": "held out" if held else f"trained on, weight {run.weights[name]:g}",
+        "role": "held out" if held else f"{run.role}, weight {run.weights[name]:g}",
         "base": run.base.get(f"eval_{name}"),
         "tuned": run.last.get(f"eval_{name}"),
         **_gains(run, run.key(name, "")),
@@ -75,7 +75,7 @@ def _reward_row(run: Run, name: str) -> dict[str, Any]:
 
 def _total_row(run: Run) -> dict[str, Any]:
     ends = {"base": run.base.get("eval_reward"), "tuned": run.last.get("eval_reward")}
-    return {"name": "weighted sum", "role": "trained on", **ends, **_gains(run, "eval_")}
+    return {"name": "weighted sum", "role": run.role, **ends, **_gains(run, "eval_")}
 
 
 def _gains(run: Run, key: str) -> dict[str, Any]:

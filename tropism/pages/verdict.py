@@ -1,7 +1,8 @@
 """Is a run better, and by whose word? The rules behind the first line of a report, and behind its warnings.
 
 Every gain is that of the last evaluation over the untrained model, pair by pair at equal seeds, with a 95 % interval.
-A reward rose, or fell, when that interval lies above, or below, 0.
+A reward rose, or fell, when that interval lies above, or below, 0. A distillation is judged against its teacher, which
+draws in many more moves: falling behind is no mistake there, only a warning.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def judge(run: Run) -> Verdict:
     trained = direction(row, "eval_")
     held = {name: direction(row, run.key(name, "")) for name in run.held_out}
     lost = _losses(run)
-    warnings = [*_disagreements(run), *lost.values(), *_moves(run, {*run.weights, *lost})]
+    warnings = [*([] if run.distils else _disagreements(run)), *lost.values(), *_moves(run, {*run.weights, *lost})]
     if trained == FELL:
-        tone = "bad"
+        tone = "warn" if run.distils else "bad"
     elif warnings:
         tone = "warn"
     else:
@@ -53,10 +54,13 @@ def direction(row: Row, key: str) -> str:
 
 
 def _line(run: Run, trained: str, held: Mapping[str, str]) -> str:
-    parts = [f"{trained.capitalize()} by the reward that it was trained on{_gain(run.last, 'eval_')}"]
+    if run.distils:
+        parts = [f"The student against its teacher: {trained} by {' + '.join(run.trained)}{_gain(run.last, 'eval_')}"]
+    else:
+        parts = [f"{trained.capitalize()} by the reward that it was trained on{_gain(run.last, 'eval_')}"]
     for name, found in held.items():
         parts.append(f"{found} by the held-out {name}{_gain(run.last, run.key(name, ''))}")
-    if not held:
+    if not held and not run.distils:
         parts.append("nothing was held out")
     return "; ".join(parts) + "."
 
