@@ -40,8 +40,9 @@ Places = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 class Chains:
     """Pairs along the teacher's own chains from fresh noise: no data are needed (MLCM, 2406.05768).
 
-    A batch of B prompts gives B chains of K moves and B * K pairs, ``updates`` steps a pass. ``places`` says which
-    states of a chain make a pair. The chain is what the teacher itself walks, so no pair is off its path.
+    A batch of B prompts gives B chains of K moves, and a pass ``each`` pairs of each chain (K unless told) in
+    ``updates`` steps. ``places`` says which states of a chain make a pair. The chain is what the teacher itself walks,
+    so no pair is off its path.
     """
 
     places: Places
@@ -49,6 +50,7 @@ class Chains:
     updates: int
     passes: int
     generator: torch.Generator
+    each: int | None = None
 
     def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
         """One batch of chains, its pairs shuffled."""
@@ -56,7 +58,7 @@ class Chains:
         generators = row_generators(row_seeds(len(batch.text), self.generator))
         with teacher.model.reference():
             chains = run_chains(teacher, teacher.noise(len(generators), generators), cond, generators)
-        count, moves = len(batch.text) * teacher.steps, teacher.steps
+        count, moves = len(batch.text) * (self.each or teacher.steps), teacher.steps
         for _ in range(self.passes):
             rows = torch.arange(count) % len(batch.text)
             first, second, end = self.places(count, moves, self.generator)
@@ -114,11 +116,15 @@ def across(segments: int) -> Places:
     return places
 
 
-def straight(segments: int) -> Places:
-    """A state and the end of its part of the chain: what the teacher says, with nothing in between."""
+def straight(segments: int, starts: float = 0.0) -> Places:
+    """A state and the end of its part of the chain: what the teacher says, with nothing in between.
+
+    A share ``starts`` of the states are the first of their part, which is where a student of these moves is asked.
+    """
 
     def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         first, _, end = within(segments)(rows, moves, generator)
-        return first, end, end
+        chosen = torch.rand(rows, generator=generator) < starts
+        return first.where(~chosen, end - moves // segments), end, end
 
     return places

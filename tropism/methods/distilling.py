@@ -30,8 +30,10 @@ class DistillationSettings(MethodSettings):
     """Prompts of a step, each the start of a chain of the teacher (on all processes together)."""
     images_per_prompt: int = 1
     """Chains of each prompt."""
+    pairs_per_chain: int | None = None
+    """Pairs of each chain in a pass; none: as many as it has moves."""
     updates: int = 20
-    """Optimizer steps of one pass over a step's pairs, of which there are chains x moves."""
+    """Optimizer steps of one pass over a step's pairs."""
     passes: int = 1
     """Passes over the pairs of a step."""
     distance: Literal["huber", "l2", "pseudo-huber"] = "huber"
@@ -54,6 +56,8 @@ class DistillationSettings(MethodSettings):
                 f"student_steps is {self.student_steps}; wanted fewer than inference_steps, the teacher's "
                 f"{self.inference_steps}"
             )
+        if self.pairs_per_chain is not None and self.pairs_per_chain < 1:
+            raise ValueError(f"pairs_per_chain is {self.pairs_per_chain}; wanted at least 1, or none")
         if self.huber_c <= 0:
             raise ValueError(f"huber_c is {self.huber_c}; wanted above 0")
 
@@ -77,7 +81,7 @@ class DistillationSettings(MethodSettings):
 
     def chains(self, places: Places, generator: torch.Generator) -> Chains:
         """Pairs along the teacher's chains."""
-        return Chains(places, self.minibatch, self.updates, self.passes, generator)
+        return Chains(places, self.minibatch, self.updates, self.passes, generator, self.pairs_per_chain)
 
 
 def latent_size(policy: Policy) -> int:
