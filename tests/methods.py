@@ -84,7 +84,9 @@ ROWS = [
     Row("draft_lv", _settings(draft.Settings, repeats=2), floor=-0.03),  # -0.012
     Row("refl", _settings(refl.Settings), floor=-0.1),  # -0.047
     Row("raft", _settings(raft.Settings, **UNGUIDED), floor=-0.1),  # -0.053
-    Row("rlcm", _settings(rlcm.Settings, inference_steps=4, learning_rate=3e-4), floor=-0.07, steps=40, few=4),  # -0.035
+    Row(
+        "rlcm", _settings(rlcm.Settings, inference_steps=4, learning_rate=3e-4), floor=-0.07, steps=40, few=4
+    ),  # -0.035
     Row("rwr", _settings(rwr.Settings, **UNGUIDED, beta=0.05, images_per_prompt=16), floor=-0.14, steps=40),  # -0.069
 ]
 
@@ -151,7 +153,9 @@ def evaluate(model: ToyTextToImage, reward: Any, seed: int = 1234, moves: int = 
     """Mean reward of 16 images a prompt, at the default guidance, drawn without chance but for the first noise (a
     consistency model draws some at each hop)."""
     text = [prompt for prompt in PROMPTS for _ in range(16)]
-    images = Policy(model, solver(model.denoiser), moves, microbatch=128).images(text, torch.Generator().manual_seed(seed))
+    images = Policy(model, solver(model.denoiser), moves, microbatch=128).images(
+        text, torch.Generator().manual_seed(seed)
+    )
     return float(reward(images, text).mean())
 
 

@@ -16,7 +16,7 @@ import pkgutil
 import pytest
 import torch
 from distillers import DISTILLED, apart, drawn, taught
-from methods import PROMPTS, ROWS, Off, Row, batch, evaluate, fit, toy, weights
+from methods import PROMPTS, ROWS, Off, Row, batch, evaluate, fit, weights
 from torch import Tensor
 
 import tropism.methods
@@ -80,6 +80,8 @@ def test_students_learn(row):
     for moves, ceiling in row.ceilings:
         end = apart(drawn(method.policy.with_(steps=moves)), goal)
         assert end < ceiling < start[moves], f"{moves} moves: {start[moves]:.3f} -> {end:.3f}, wanted {ceiling}"
+    points = drawn(method.policy.with_(steps=row.ceilings[0][0]))
+    assert float(Off()(points, PROMPTS * (len(points) // 8)).mean()) > row.floor
 
 
 def ragged(count: int, parts: int) -> int:

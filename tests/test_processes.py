@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch
 from distillers import DISTILLED
-from methods import ROWS, Off, Row, toy
+from methods import ROWS, Off, Row
 from small_run import refused, said, small_place, train_words
 from test_resume import metrics, weights
 from torch import Tensor
