@@ -3,8 +3,8 @@
 On the 2-D toy (the default) the consistency model is distilled from the guided teacher first, which is not counted.
 With ``--model`` and ``--few-step`` two pipelines are compared, by LoRA, on prompts that are held out. Each run is
 evaluated after every batch with its own moves, from noise that is always the same; evaluations are neither counted nor
-timed. The goal is ``--goal``, or what DDPO has reached at the end of its runs (the median over seeds). A network call is
-one row through the network: guidance asks twice, and rows of training count once, whether they go forward or back.
+timed. The goal is ``--goal``, or what DDPO has reached at the end of its runs (the median over seeds). A network call
+is one row through the network: guidance asks twice, and rows of training count once, whether they go forward or back.
 
     python benchmarks/rlcm_against_ddpo.py --seeds 3 --goal -0.1
     python benchmarks/rlcm_against_ddpo.py --model scenes-sd --few-step FOLDER --reward scenes --steps 20
