@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
 from tropism.data.prompts import PromptSet, batches
-from tropism.methods import alignprop, dance_grpo, ddpo, draft, flow_grpo, lcm, raft, refl, rlcm, rwr
+from tropism.methods import alignprop, dance_grpo, ddpo, draft, flow_grpo, lasro, lcm, raft, refl, rlcm, rwr
 from tropism.methods.settings import MethodSettings
 from tropism.models.toy import MODES, PROMPTS, ToyTextToImage
 from tropism.policy import Policy
@@ -87,6 +87,7 @@ ROWS = [
     Row(
         "rlcm", _settings(rlcm.Settings, inference_steps=4, learning_rate=3e-4), floor=-0.07, steps=40, few=4
     ),  # -0.035
+    Row("lasro", _settings(lasro.Settings, inference_steps=2, learning_rate=3e-4), floor=-0.1, few=2),
     Row("rwr", _settings(rwr.Settings, **UNGUIDED, beta=0.05, images_per_prompt=16), floor=-0.14, steps=40),  # -0.069
 ]
 

@@ -162,7 +162,7 @@ def test_a_proxy_goes_on_from_its_state(tmp_path: Any) -> None:
     [
         ({"reward_weight": -1.0}, "reward_weight is -1.0"),
         ({"proxy_steps": 0}, "proxy_steps is 0"),
-        ({"images_per_prompt": 1, "student_steps": 1}, "wanted 2 of one of them"),
+        ({"images_per_prompt": 1, "student_steps": 1}, "images_per_prompt is 1; wanted at least 2"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], sentence: str) -> None:

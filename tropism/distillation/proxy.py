@@ -175,3 +175,28 @@ def pairs_of(table: Table) -> tuple[Tensor, Tensor]:
     comparable = (group[:, None] == group) & present[:, None] & present
     i, j = comparable.triu(1).nonzero(as_tuple=True)
     return i, j
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """Flags and YAML keys of a method with a proxy."""
+
+    proxy_steps: int = 20
+    """Steps of the proxy before each batch."""
+    proxy_rounds: int = 10
+    """Further batches of samples that the proxy learns before the first."""
+    proxy_learning_rate: float = 1e-3
+
+    def check_proxy(self, answers: int) -> None:
+        """Raises ValueError for impossible values; ``answers`` to one prompt are compared with each other."""
+        if self.proxy_steps < 1 or self.proxy_rounds < 0 or not 0 < self.proxy_learning_rate < 1:
+            raise ValueError(
+                f"proxy_steps is {self.proxy_steps}, proxy_rounds {self.proxy_rounds} and proxy_learning_rate "
+                f"{self.proxy_learning_rate}; wanted at least 1, at least 0, and between 0 and 1"
+            )
+        if answers < 2:
+            raise ValueError("images_per_prompt is 1; wanted at least 2 with one move: the proxy compares samples")
+
+    def proxy(self, policy: Policy, generator: torch.Generator) -> Proxy:
+        """The proxy that these settings describe. Raises ValueError for a model whose prompts it cannot read."""
+        return Proxy(policy, self.proxy_steps, self.proxy_rounds, self.proxy_learning_rate, generator)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from tropism.ascent import no_gradient, rewarded
 from tropism.base import Distillable, Prompts, Reward
-from tropism.distillation import Distillation, Pairs
-from tropism.distillation.proxy import Proxy
+from tropism.distillation import Distillation, Pairs, Pictures
+from tropism.distillation.proxy import Proxy, ProxySettings
 from tropism.methods import lcm
 from tropism.policy import reward_statistics
 
@@ -80,42 +80,28 @@ class RewardGuided(Distillation):
 
 
 @dataclass(frozen=True)
-class Settings(lcm.Settings):
+class Settings(ProxySettings, lcm.Settings):
     """Consistency distillation that also climbs a reward."""
 
     reward_weight: float = 0.1
     """Of the reward beside the distance."""
     variant: Literal["proxy", "direct"] = "proxy"
     """Follow a latent proxy of the reward, or the reward's own gradient, which it then must have."""
-    proxy_steps: int = 20
-    """Steps of the proxy before each batch of chains."""
-    proxy_rounds: int = 10
-    """Further batches of the student's answers that the proxy learns before the first."""
-    proxy_learning_rate: float = 1e-3
 
     def check(self) -> None:
         """As LCM, and the ranges above; answers are compared with others of their prompt."""
         super().check()
-        if self.reward_weight < 0 or not 0 < self.proxy_learning_rate < 1:
-            raise ValueError(
-                f"reward_weight is {self.reward_weight} and proxy_learning_rate {self.proxy_learning_rate}; wanted 0 "
-                "or more, and between 0 and 1"
-            )
-        if self.proxy_steps < 1 or self.proxy_rounds < 0:
-            raise ValueError(
-                f"proxy_steps is {self.proxy_steps} and proxy_rounds {self.proxy_rounds}; wanted at least 1 and 0"
-            )
-        if self.variant == "proxy" and self.student_steps * self.images_per_prompt < 2:
-            raise ValueError(
-                "images_per_prompt and student_steps are 1; wanted 2 of one of them, as the proxy compares answers"
-            )
-
-    def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> RewardGuided:
-        """The method on this model. Raises NoGradient for a reward that cannot be followed."""
-        plain = super().build(model, reward, generator)
-        parts = {field.name: getattr(plain, field.name) for field in fields(plain)}
-        proxy = None
+        if self.reward_weight < 0:
+            raise ValueError(f"reward_weight is {self.reward_weight}; wanted 0 or more")
         if self.variant == "proxy":
-            proxy = Proxy(plain.policy, self.proxy_steps, self.proxy_rounds, self.proxy_learning_rate, generator)
+            self.check_proxy(self.student_steps * self.images_per_prompt)
+
+    def build(
+        self, model: Distillable, reward: Reward, generator: torch.Generator, pictures: Pictures | None = None
+    ) -> RewardGuided:
+        """The method on this model. Raises NoGradient for a reward that cannot be followed."""
+        plain = super().build(model, reward, generator, pictures)
+        parts = {field.name: getattr(plain, field.name) for field in fields(plain)}
+        proxy = self.proxy(plain.policy, generator) if self.variant == "proxy" else None
         praise = Praise(reward, self.reward_weight, proxy)
         return RewardGuided(**parts | {"terms": (praise,)}, praise=praise)

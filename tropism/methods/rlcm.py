@@ -2,7 +2,7 @@
 
 DDPO on a model that draws in a few hops: the action is the noise that a hop adds to the predicted clean sample,
 x_s ~ N(alpha(s) f(x_t, t), sigma(s)^2), ``samplers.Consistency``. The last hop shows f(x_t, t) itself and has no
-density, so H hops are H - 1 actions, and a model of one hop cannot be trained this way (``lasro`` can).
+density, so H hops are H - 1 actions, and a model of one hop cannot be trained this way.
 
 Departures from Owen-Oertell/rlcm, besides those of ``DDPO``: they store a log-probability for the last hop too, of
 noise that no reward sees; advantages are clamped at 5 and not 10; the times are the model's own grid.
