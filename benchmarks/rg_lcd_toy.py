@@ -1,8 +1,8 @@
 """RG-LCD on the 2-D toy: what following a reward's gradient does beside following a proxy that was learnt of it.
 
 The reward is minus the squared distance to a place beside the prompt's mode, plus a ripple of amplitude 0.3 and a
-number of radians a unit (``--waves``) that says nothing of that place. Shown are, of 512 points of each student at 1 and
-2 hops: the reward that was trained on; the same without the ripple, which nobody trained on (held out); the ripple
+number of radians a unit (``--waves``) that says nothing of that place. Shown are, of 512 points of each student at 1
+and 2 hops: the reward that was trained on; the same without the ripple, which nobody trained on (held out); the ripple
 alone; and the mean over prompts of the sliced W2 distance to the guided teacher. ``lcm`` is plain LCM, of weight 0.
 
     python benchmarks/rg_lcd_toy.py --seeds 3

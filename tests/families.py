@@ -16,7 +16,6 @@ from tropism.models.pipelines import wrap_pipeline
 from tropism.policy import Policy
 from tropism.samplers import solver
 
-
 HOPS = ("lasro", "rlcm")  # methods for consistency models
 
 

@@ -89,10 +89,13 @@ class Proxy:
     def _seen(self, latents: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         return latents.to(self.dtype), cond[TOKENS].to(self.dtype)
 
-    def learn(self, policy: Policy, reward: Reward, batch: Prompts, generator: torch.Generator) -> Table:
-        """Learns from fresh chains of ``policy``; the last table. ``accuracy`` is how well it was known before."""
+    def learn(
+        self, policy: Policy, reward: Reward, batch: Prompts, generator: torch.Generator, ends: bool = False
+    ) -> Table:
+        """Learns from fresh chains of ``policy``, or only from their ``ends``; the last table. ``accuracy`` is how well
+        it was known before."""
         for _ in range(1 if self.updates else 1 + self.rounds):
-            table = said_and_scored(policy, reward, batch, generator)
+            table = said_and_scored(policy, reward, batch, generator, ends)
             self.accuracy = self.agreement(table)
             self.fit(table)
         return table
@@ -152,8 +155,11 @@ def drawn(shape: Sequence[int], token: int, generator: torch.Generator) -> Laten
 
 
 @torch.no_grad()
-def said_and_scored(policy: Policy, reward: Reward, batch: Prompts, generator: torch.Generator) -> Table:
-    """The clean samples that ``policy`` believes in at each of its K moves, a chain a prompt: B * K rows."""
+def said_and_scored(
+    policy: Policy, reward: Reward, batch: Prompts, generator: torch.Generator, ends: bool = False
+) -> Table:
+    """The clean samples that ``policy`` believes in at each of its K moves, a chain a prompt: B * K rows. Those of the
+    last move, which are what is drawn, with ``ends``: B rows."""
     generators, cond = row_generators(row_seeds(len(batch.text), generator)), policy.model.encode(batch.text)
     x, parts, mine = (
         policy.noise(len(batch.text), generators),
@@ -162,9 +168,10 @@ def said_and_scored(policy: Policy, reward: Reward, batch: Prompts, generator: t
     )
     for rows in mine.split(policy.microbatch):
         moves = policy.chain(x[rows], take(cond, rows), [generators[row] for row in rows])
-        parts.append(torch.stack([move.prediction.x0 for move in moves], dim=1))
+        said = [move.prediction.x0 for move in moves]
+        parts.append(torch.stack(said[-1:] if ends else said, dim=1))
     latents = policy.processes.joined(torch.cat(parts), mine, len(batch.text)).flatten(0, 1)
-    rows = torch.arange(len(batch.text)).repeat_interleave(policy.steps)
+    rows = torch.arange(len(batch.text)).repeat_interleave(1 if ends else policy.steps)
     scores = score_latents(policy, reward, latents, pick(batch, rows))
     return Table(latents, take(cond, rows), scores.detach(), batch.group[rows])
 
@@ -195,7 +202,7 @@ class ProxySettings:
                 f"{self.proxy_learning_rate}; wanted at least 1, at least 0, and between 0 and 1"
             )
         if answers < 2:
-            raise ValueError("images_per_prompt is 1; wanted at least 2 with one move: the proxy compares samples")
+            raise ValueError("images_per_prompt is 1; wanted at least 2: the proxy compares samples of a prompt")
 
     def proxy(self, policy: Policy, generator: torch.Generator) -> Proxy:
         """The proxy that these settings describe. Raises ValueError for a model whose prompts it cannot read."""

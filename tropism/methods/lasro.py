@@ -51,9 +51,9 @@ class LaSRO(AlignProp):
 
     def experience(self, batch: Prompts) -> Iterator[Iterator[Draws]]:
         """The proxy learns what the model draws now; then one update. Prompts without a score are left out."""
-        table = self.proxy.learn(self.policy, self.reward, batch, self.generator)
+        table = self.proxy.learn(self.policy, self.reward, batch, self.generator, ends=True)
         judged = reward_statistics(table.reward, table.group) | {"proxy_accuracy": self.proxy.accuracy}
-        scored = (~table.reward.isnan()).view(len(batch.text), -1).all(1).cpu().nonzero()[:, 0]
+        scored = (~table.reward.isnan()).cpu().nonzero()[:, 0]
         if not len(scored):
             return
         for update in super().experience(pick(batch, scored)):
@@ -78,7 +78,7 @@ class Settings(ProxySettings, alignprop.Settings):
     def check(self) -> None:
         """As the shared settings; samples are compared with others of their prompt."""
         super().check()
-        self.check_proxy(self.inference_steps * self.images_per_prompt)
+        self.check_proxy(self.images_per_prompt)
 
     def window(self) -> Window:
         """The last hops."""
