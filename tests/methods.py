@@ -84,9 +84,9 @@ ROWS = [
     Row("draft_lv", _settings(draft.Settings, repeats=2), floor=-0.03),  # -0.012
     Row("refl", _settings(refl.Settings), floor=-0.1),  # -0.047
     Row("raft", _settings(raft.Settings, **UNGUIDED), floor=-0.1),  # -0.053
-    # three seeds: -0.029
+    # three seeds each: -0.029 and -0.090
     Row("rlcm", _settings(rlcm.Settings, inference_steps=4, learning_rate=3e-4), floor=-0.07, steps=40, few=4),
-    Row("lasro", _settings(lasro.Settings, inference_steps=2, learning_rate=3e-4), floor=-0.1, few=2),
+    Row("lasro", _settings(lasro.Settings, inference_steps=2, learning_rate=3e-4), floor=-0.18, few=2),
     Row("rwr", _settings(rwr.Settings, **UNGUIDED, beta=0.05, images_per_prompt=16), floor=-0.14, steps=40),  # -0.069
 ]
 

@@ -75,7 +75,8 @@ class Proxy:
         tokens = policy.model.null().get(TOKENS)
         if tokens is None:
             raise ValueError(f"this model's prompts have no {TOKENS}, which the proxy reads; follow the reward itself")
-        dtype = torch.promote_types(policy.model.parameters()[0].dtype, torch.float32)
+        trained = [parameter.dtype for parameter in policy.model.parameters()]
+        dtype = torch.promote_types(trained[0], torch.float32) if trained else torch.float32
         self.net = drawn(policy.model.latent_shape, tokens.shape[-1], generator).to(policy.device, dtype)
         self.adam = torch.optim.Adam(self.net.parameters(), lr=rate)
         self.steps, self.rounds, self.dtype = steps, rounds, dtype
