@@ -7,7 +7,7 @@ timed. The goal is ``--goal``, or what DDPO has reached at the end of its runs (
 is one row through the network: guidance asks twice, and rows of training count once, whether they go forward or back.
 
     python benchmarks/rlcm_against_ddpo.py --seeds 3 --goal -0.1
-    python benchmarks/rlcm_against_ddpo.py --model scenes-sd --few-step FOLDER --reward scenes --steps 20
+    python benchmarks/rlcm_against_ddpo.py --model scenes --few-step scenes-lcm --reward scenes --steps 20
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--goal", type=float, help="mean reward to be reached")
     parser.add_argument("--hops", type=int, default=4, help="of the consistency model")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--model", help="the teacher, such as scenes-sd; none: the toy")
+    parser.add_argument("--model", help="the teacher, such as scenes; none: the toy")
     parser.add_argument("--few-step", help="the consistency model that was made of it")
     parser.add_argument("--reward", default="scenes")
     parser.add_argument("--prompts", default="scenes")
