@@ -12,8 +12,8 @@ def needed(curve: Iterable[tuple[int, float]], goal: float) -> float:
     return next((count for count, reward in curve if reward >= goal), math.inf)
 
 
-def told(counts: Sequence[float], plain: float, of: str) -> str:
+def told(counts: Sequence[float], plain: float, of: str, digits: int = 0) -> str:
     """Every run, the median, and its ratio to ``plain``, the median of ``of``."""
-    each = ", ".join("never" if math.isinf(count) else f"{count:.0f}" for count in counts)
+    each = ", ".join("never" if math.isinf(count) else f"{count:.{digits}f}" for count in counts)
     median = statistics.median(counts)
-    return f"{each}; median {'never' if math.isinf(median) else f'{median:.0f}'}, {median / plain:.2f} of {of}'s"
+    return f"{each}; median {'never' if math.isinf(median) else f'{median:.{digits}f}'}, {median / plain:.2f} of {of}'s"

@@ -32,3 +32,13 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.sd3_folder(tmp_path_factory.mktemp("tiny-sd3"))
+
+
+@pytest.fixture(scope="session")
+def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny latent consistency model of random weights; not to be written to."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny-lcm")
+    tiny.lcm_pipeline().save_pretrained(folder, safe_serialization=True)
+    return folder

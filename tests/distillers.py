@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from methods import Row
 from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
-from tropism.methods import lcm, mlcm
+from tropism.methods import lcm, mlcm, rg_lcd
 from tropism.models.toy import MODES, PROMPTS, SPREAD
 from tropism.policy import Policy
 from tropism.samplers import solver
@@ -20,7 +21,8 @@ from tropism.samplers import solver
 @dataclass(frozen=True)
 class Distiller(Row):
     """A method with settings that learn the toy of ``target``: after ``steps`` batches the sliced W2 between student
-    and guided teacher, a prompt at a time, is below ``ceilings`` at so many moves. ``floor`` is not used."""
+    and guided teacher, a prompt at a time, is below ``ceilings`` at so many moves. What also learns a reward has a
+    ``floor`` for the mean of ``Off`` at the first of these; the guided teacher is at -0.396."""
 
     ceilings: tuple[tuple[int, float], ...] = ()
 
@@ -37,8 +39,10 @@ def points(prompts: Prompts, generator: torch.Generator) -> Tensor:
     return MODES[place] + SPREAD * torch.randn(len(place), 2, generator=generator)
 
 
-def _row(name: str, settings: Any, target: Any, steps: int, *ceilings: tuple[int, float]) -> Distiller:
-    return Distiller(name, settings, 0.0, steps, target, ceilings)
+def _row(
+    name: str, settings: Any, target: Any, steps: int, *ceilings: tuple[int, float], floor: float = -math.inf
+) -> Distiller:
+    return Distiller(name, settings, floor, steps, target, ceilings=ceilings)
 
 
 SIZES: dict[str, Any] = dict(prompts_per_step=8, images_per_prompt=8)
@@ -54,6 +58,10 @@ DISTILLED = [
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
     _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025
     _row("mlcm_direct", mlcm.Settings(**SIZES, direct=True), "eps", 40, (4, 0.032)),  # 0.023
+    _row("rg_lcd", rg_lcd.Settings(**SIZES, reward_weight=0.3, proxy_rounds=3), "eps", 20, (1, 0.6), floor=-0.36),
+    _row(
+        "rg_lcd_direct", rg_lcd.Settings(**SIZES, reward_weight=0.3, variant="direct"), "eps", 20, (1, 0.6), floor=-0.36
+    ),
 ]
 
 

@@ -16,6 +16,8 @@ from tropism.models.pipelines import wrap_pipeline
 from tropism.policy import Policy
 from tropism.samplers import solver
 
+HOPS = ("lasro", "rlcm")  # methods for consistency models
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,7 +27,7 @@ class Row:
     steps: int = 4
     guidance: float | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
-    without: tuple[str, ...] = ("flow-grpo",)  # methods that do not suit
+    without: tuple[str, ...] = ("flow-grpo", *HOPS)  # methods that do not suit
     peft: bool = False  # no loader of diffusers reads its LoRA
 
     def model(self, **options: Any) -> LatentPipeline:
@@ -86,11 +88,11 @@ ROWS = {
     "sdxl-euler": Row(with_scheduler(tiny.sdxl_pipeline, EulerDiscreteScheduler, **LEADING)),
     "sdxl-turbo": Row(turbo(tiny.sdxl_pipeline), 2, 1.0),
     "sdxl-lcm": Row(with_scheduler(told_sdxl, LCMScheduler), 4, 8.0, without=CONSISTENCY),
-    "sd3": Row(tiny.sd3_pipeline, without=()),
-    "flux-dev": Row(tiny.flux_pipeline, without=()),
-    "flux-dev-low": Row(tiny.flux_pipeline, 4, 1.0, without=()),
-    "flux-schnell": Row(schnell, 4, without=()),
-    "flux-schnell-cfg": Row(schnell, 4, 3.0, call={"negative_prompt": ["", ""]}, without=()),
+    "sd3": Row(tiny.sd3_pipeline, without=HOPS),
+    "flux-dev": Row(tiny.flux_pipeline, without=HOPS),
+    "flux-dev-low": Row(tiny.flux_pipeline, 4, 1.0, without=HOPS),
+    "flux-schnell": Row(schnell, 4, without=HOPS),
+    "flux-schnell-cfg": Row(schnell, 4, 3.0, call={"negative_prompt": ["", ""]}, without=HOPS),
     "pixart-alpha": Row(tiny.pixart_pipeline, call=PIXART, peft=True),
     "pixart-sigma": Row(sigma, call=PIXART, peft=True),
     "sd-dpm": Row(with_scheduler(v_sd, DPMSolverMultistepScheduler, solver_order=1, timestep_spacing="leading")),

@@ -11,10 +11,11 @@ from methods import PROMPTS, Off, batch, toy
 from policies import Line, seeded
 from torch import Tensor
 
+from tropism.ascent import NoGradient
 from tropism.base import Prompts
 from tropism.data.prompts import PromptSet
 from tropism.methods import alignprop, draft, refl
-from tropism.methods.alignprop import AlignProp, NoGradient
+from tropism.methods.alignprop import AlignProp
 from tropism.models.toy import GaussianPolicy
 from tropism.policy import Policy
 from tropism.randomness import row_generators

@@ -16,7 +16,7 @@ import pkgutil
 import pytest
 import torch
 from distillers import DISTILLED, apart, drawn, taught
-from methods import PROMPTS, ROWS, Off, Row, batch, evaluate, fit, toy, weights
+from methods import PROMPTS, ROWS, Off, Row, batch, evaluate, fit, weights
 from torch import Tensor
 
 import tropism.methods
@@ -39,7 +39,7 @@ def built(row: Row, model, reward=None, seed=0):
 
 def one_step(row: Row, prompts: Prompts, reward=None, **changes) -> Tensor:
     """What one batch changes in the weights of a fresh float64 toy, by plain gradient descent, unclipped."""
-    model = toy(row.target, double=True)
+    model = row.toy(double=True)
     before = weights(model)
     method = built(row.with_(**changes), model, reward)
     train(method, [prompts], SGD(model.parameters()), steps=1, max_norm=0)
@@ -61,17 +61,18 @@ def test_every_method_has_a_row():
 
 @rewarded
 def test_learns(row):
-    model = toy(row.target)
-    before = evaluate(model, Off())
+    model = row.toy()
+    moves = row.few or 10
+    before = evaluate(model, Off(), moves=moves)
     fit(row, model, Off(), row.steps)
-    after = evaluate(model, Off())
+    after = evaluate(model, Off(), moves=moves)
     assert -0.55 < before < -0.35 and after > row.floor, f"{before:.3f} -> {after:.3f}, wanted {row.floor}"
 
 
 @distilled
 def test_students_learn(row):
     """Below the ceilings, which are below what the untrained student does."""
-    model = toy(row.target)
+    model = row.toy()
     untrained, goal = row.build(model, Off(), torch.Generator().manual_seed(0)), taught(model)
     start = {moves: apart(drawn(untrained.policy.with_(steps=moves)), goal) for moves, _ in row.ceilings}
     method = fit(row, model, Off(), row.steps)
@@ -79,6 +80,8 @@ def test_students_learn(row):
     for moves, ceiling in row.ceilings:
         end = apart(drawn(method.policy.with_(steps=moves)), goal)
         assert end < ceiling < start[moves], f"{moves} moves: {start[moves]:.3f} -> {end:.3f}, wanted {ceiling}"
+    points = drawn(method.policy.with_(steps=row.ceilings[0][0]))
+    assert float(Off()(points, PROMPTS * (len(points) // 8)).mean()) > row.floor
 
 
 def ragged(count: int, parts: int) -> int:
@@ -91,7 +94,7 @@ def test_minibatches_change_nothing(row):
     """All rows at once, two ragged minibatches and four: the same update."""
     row, prompts = row.with_(keep=0.5, minibatch=10_000), batch()
     whole = one_step(row, prompts)
-    first = next(iter(next(iter(built(row, toy(row.target)).experience(prompts)))))
+    first = next(iter(next(iter(built(row, row.toy()).experience(prompts)))))
     count = len(next(value for value in vars(first).values() if isinstance(value, Tensor)))
     for parts in (2, 4):
         assert distance(one_step(row, prompts, minibatch=ragged(count, parts)), whole) < SAME
@@ -119,7 +122,7 @@ def tensors(value, name="") -> dict[str, Tensor]:
 
 @each
 def test_inputs_are_not_changed(row):
-    model, prompts = toy(row.target), batch()
+    model, prompts = row.toy(), batch()
     prompts = dataclasses.replace(prompts, columns={"note": list(range(len(prompts.text)))})
     as_it_was = copy.deepcopy(prompts)
     method, optimizer = built(row, model), SGD(model.parameters())
@@ -155,7 +158,7 @@ def test_images_without_a_score_are_as_if_they_were_not_there(row):
 @rewarded
 def test_metrics_leave_missing_scores_out(row):
     seen = []
-    model = toy(row.target)
+    model = row.toy()
     method = built(row.with_(minibatch=5), model)
     train(method, [interleaved(6, missing=2)], SGD(model.parameters()), steps=1, hooks=[seen.append])
     (step,) = seen
@@ -166,26 +169,27 @@ def test_metrics_leave_missing_scores_out(row):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if hasattr(row.settings, "clip")], ids=lambda row: row.name)
 def test_deterministic_moves_carry_no_gradient(row):
-    """DDIM and DanceGRPO's SDE end without noise: those cells are in no table, and their loss would have no gradient.
-    Flow-GRPO's chain is random to the end; there the last move is left out by choice."""
-    model = toy(row.target)
+    """DDIM, DanceGRPO's SDE and hops end without noise: those cells are in no table, and their loss would have no
+    gradient. Flow-GRPO's chain is random to the end; there the last move is left out by choice."""
+    model = row.toy()
     method = built(row, model)
     assert isinstance(method, DDPO)
     rollout = method.rollout(batch())
     assert rollout.mask[:, :-1].all() and rollout.mask[:, -1].any() == (row.name == "flow_grpo")
     _, columns = trainable(rollout, 1.0, method.skip_last)
-    assert set(columns.tolist()) == set(range(9))
+    last = method.policy.steps - 1
+    assert set(columns.tolist()) == set(range(last))
     if row.name == "flow_grpo":
         return
     rows = torch.arange(len(rollout.reward))
-    loss = method.loss(gather(rollout, rows, torch.full_like(rows, 9), True, {}))
+    loss = method.loss(gather(rollout, rows, torch.full_like(rows, last), True, {}))
     loss.total.backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
 @each
 def test_only_the_parameters_change(row):
-    model = toy(row.target)
+    model = row.toy()
     x, t = torch.randn(16, 2, generator=torch.Generator().manual_seed(3)), torch.linspace(0.05, 0.95, 16)
     cond, tokens, null = model.encode(PROMPTS * 2), model.tokens.clone(), model.null()
 
@@ -204,7 +208,7 @@ def test_only_the_parameters_change(row):
 def test_one_seed_is_one_result(row):
     results = []
     for seed in (0, 0, 1):
-        model = toy(row.target)
+        model = row.toy()
         train(built(row, model, seed=seed), [batch(2), batch(2, number=1)], SGD(model.parameters()), steps=2)
         results.append(weights(model))
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
@@ -235,7 +239,7 @@ HOPELESS = [*itertools.product(BY_RANK, [Flat()]), *itertools.product(ROWS, [Sil
 @pytest.mark.parametrize(("row", "reward"), HOPELESS, ids=lambda value: getattr(value, "name", ""))
 def test_nothing_to_learn_is_said_and_nothing_is_stepped(row, reward):
     """Not even weight decay. A method that follows the reward's gradient cannot tell a flat reward from an optimum."""
-    model = toy(row.target)
+    model = row.toy()
     before = weights(model)
     with pytest.raises(NothingToLearn, match="step 1 has nothing to learn from"):
         fit(row, model, reward, 1)
@@ -244,7 +248,7 @@ def test_nothing_to_learn_is_said_and_nothing_is_stepped(row, reward):
 
 @each
 def test_a_loss_that_is_not_finite_is_never_stepped(row):
-    model = toy(row.target)
+    model = row.toy()
     method, before = built(row, model), weights(model)
     loss = method.loss
     method.loss = lambda minibatch: Loss(loss(minibatch).total * float("nan"), loss(minibatch).weight, {})

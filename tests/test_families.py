@@ -116,6 +116,7 @@ def test_a_decoder_that_overflows_in_float16_decodes_in_float32() -> None:
 @pytest.mark.parametrize("name", ["sd", "lcm", "flux-dev", "pixart-alpha"])
 def test_methods_suit_as_the_table_says(name: str) -> None:
     row, model = ROWS[name], ROWS[name].model()
+    model.add_lora(2)
     said = model.about.methods
     for method in catalog.method_names():
         settings = catalog.method_settings(method)(inference_steps=3)

@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch
 from distillers import DISTILLED
-from methods import ROWS, Off, Row, toy
+from methods import ROWS, Off, Row
 from small_run import refused, said, small_place, train_words
 from test_resume import metrics, weights
 from torch import Tensor
@@ -80,7 +80,7 @@ def prompts(missing: bool) -> Any:
 
 def trained(row: Row, processes: Processes, missing: bool) -> tuple[Tensor, list[Step]]:
     """(the update of two steps, in float64, what was said of them)."""
-    model = toy(row.target, double=True)
+    model = row.toy(double=True)
     small = row.with_(minibatch=7, sample_batch=4, images_per_prompt=3, prompts_per_step=5)
     method = small.build(model, Off(), torch.Generator().manual_seed(1))
     for name in {"policy", "teacher"} & vars(method).keys():

@@ -20,7 +20,8 @@ from tropism import catalog
 from tropism.resume import with_its_config
 from tropism.sums import seal
 
-FLOW = {"flow-grpo"}
+FLOW, HOPS = {"flow-grpo"}, {"lasro", "rlcm"}  # what other models are for
+DISTIL = {"student_steps": "2", "inference_steps": "4", "lr_schedule": "constant"}  # which does not ask how long
 METHODS = sorted(catalog.method_names())
 STOPPING = """
 import os, signal
@@ -69,10 +70,11 @@ def same_either_way(capsys: pytest.CaptureFixture[str], method: str, **changes: 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_and_two_steps_are_four(
-    method: str, tiny_sd: Path, tiny_sd3: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    method: str, tiny_sd: Path, tiny_sd3: Path, tiny_lcm: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.chdir(small_place(tiny_sd3 if method in FLOW else tiny_sd, tmp_path))
-    same_either_way(capsys, method)
+    model = tiny_sd3 if method in FLOW else tiny_lcm if method in HOPS else tiny_sd
+    monkeypatch.chdir(small_place(model, tmp_path))
+    same_either_way(capsys, method, **(DISTIL if method in catalog.distilling() else {}))
 
 
 @pytest.mark.parametrize(

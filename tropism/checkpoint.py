@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with the adapter (as ``save_adapter`` writes it, so it can be drawn with),
 ``state.safetensors`` (the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``,
-``target/<name>``) and
+``target/<name>``, ``proxy/<name>``) and
 ``state.json`` (the step, the optimizer's settings, what the method remembers, and what the run says of itself). With
 an average of the weights its ``adapter`` folder has them averaged, as they were evaluated.
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tropism.models.trainable import Trainable
 
 KEPT = 2
+PARTS = ("target", "proxy")
 OLD = ".old"  # within a temporary folder: what a checkpoint that is whole replaces
 
 
@@ -53,8 +54,8 @@ def save_checkpoint(
         tensors, settings = optimizer_state(optimizer)
         if (generator := _generator(method)) is not None:
             tensors["generator"] = generator.get_state()
-        if (target := _target(method)) is not None:
-            tensors |= {f"target/{key}": value for key, value in target.state_dict().items()}
+        for part, holder in tensor_holders(method).items():
+            tensors |= {f"{part}/{key}": value for key, value in holder.state_dict().items()}
         if ema is not None:
             tensors |= {f"ema/{key}": value for key, value in ema.state_dict().items()}
             with ema.swapped():
@@ -86,8 +87,9 @@ def load_checkpoint(
         step, settings, remembered, run = (state[name] for name in ("step", "optimizer", "method", "run"))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {folder} is not whole ({error}); go on from another") from error
-    generator, target = _generator(method), _target(method)
-    wanted = {"generator": generator is not None, "ema/updates": ema is not None, "target/updates": target is not None}
+    generator, parts = _generator(method), tensor_holders(method)
+    wanted = {"generator": generator is not None, "ema/updates": ema is not None}
+    wanted |= {f"{part}/updates": part in parts for part in PARTS}
     for name, needed in wanted.items():
         if needed != (name in tensors):
             raise ValueError(
@@ -102,8 +104,8 @@ def load_checkpoint(
         generator.set_state(tensors["generator"])
     if ema is not None:
         ema.load_state_dict(under("ema", tensors))
-    if target is not None:
-        target.load_state_dict(under("target", tensors))
+    for part, holder in parts.items():
+        holder.load_state_dict(under(part, tensors))
     for name, holder in holders.items():
         holder.load_state_dict(remembered[name])
     return {"step": step, **run}
@@ -156,10 +158,11 @@ def method_holders(method: Any) -> dict[str, Any]:
     return {name: holder for name, holder in holders.items() if hasattr(holder, "state_dict")}
 
 
-def _target(method: Any) -> Ema | None:
-    """The average of the student that a distillation compares it with, if it has one."""
-    found = getattr(method, "target", None)
-    return found if hasattr(found, "swapped") else None
+def tensor_holders(method: Any) -> dict[str, Any]:
+    """What a method remembers as tensors: the average of the student that a distillation compares it with, and the
+    proxy that stands for its reward; each counts its ``updates``."""
+    holders = {name: getattr(method, name, None) for name in PARTS}
+    return {name: holder for name, holder in holders.items() if hasattr(holder, "load_state_dict")}
 
 
 def _generator(method: Any) -> torch.Generator | None:

@@ -28,8 +28,17 @@ def method_names() -> dict[str, str]:
 
 def distilling() -> list[str]:
     """The methods that make a model for few steps; nothing is imported."""
-    files = {name: METHODS / f"{name.replace('-', '_')}.py" for name in method_names()}
-    return [name for name, file in files.items() if f"import {BASE}" in file.read_text(encoding="utf-8")]
+    return [name for name in method_names() if _extends(name.replace("-", "_"))]
+
+
+def _extends(module: str) -> bool:
+    """Whether the settings in this file are ``BASE``, perhaps by way of another method's."""
+    tree = ast.parse((METHODS / f"{module}.py").read_text(encoding="utf-8"))
+    bases = [
+        base for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings" for base in node.bases
+    ]
+    names = [ast.unparse(base).split(".") for base in bases]
+    return any(name == [BASE] or (len(name) == 2 and _extends(name[0])) for name in names)
 
 
 def method_settings(name: str) -> type[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tropism.base import Distillable, Prompts, take
+from tropism.base import Distillable, Prompts, pick, take
 from tropism.distillation.pairs import Pairs
 from tropism.policy import Policy
 from tropism.rollout import slices
@@ -55,7 +55,7 @@ class Noised:
             for parts in slices(order, self.updates, self.minibatch, teacher.processes):
                 t, s, weight = (each.to(x0.device) for each in self.times(len(rows), self.made, self.generator))
                 pairs = self._pairs(x0, eps, t, s, weight, shown)
-                yield (_rows(pairs, i) for i in parts)
+                yield (_rows(pairs, batch, i) for i in parts)
                 self.made += 1
 
     def _pairs(self, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, weight: Tensor, cond: dict[str, Tensor]) -> Pairs:
@@ -90,8 +90,8 @@ def rungs(grid: Tensor, skip: int = 1) -> Times:
     return times
 
 
-def _rows(pairs: Pairs, i: Tensor) -> Pairs:
-    """Rows i of whole pairs."""
+def _rows(pairs: Pairs, batch: Prompts, i: Tensor) -> Pairs:
+    """Rows i of the pairs of a batch."""
     assert pairs.x0 is not None and pairs.eps is not None
     x, t, y, s, end = (each[i] for each in (pairs.x, pairs.t, pairs.y, pairs.s, pairs.end))
-    return Pairs(x, t, y, s, end, take(pairs.cond, i), pairs.weight[i], pairs.x0[i], pairs.eps[i])
+    return Pairs(x, t, y, s, end, take(pairs.cond, i), pairs.weight[i], pairs.x0[i], pairs.eps[i], pick(batch, i))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Prompts, take
+from tropism.base import Cond, Prompts, pick, take
+from tropism.policy import Chains as Walked
 from tropism.policy import Policy, run_chains
 from tropism.randomness import row_generators, row_seeds
 from tropism.rollout import slices
@@ -27,6 +28,7 @@ class Pairs:
     weight: Tensor  # (N,)
     x0: Tensor | None = None  # (N, ...) the clean end of the path, where it is known
     eps: Tensor | None = None  # (N, ...) its noise, where x and y are x0 with noise
+    prompts: Prompts | None = None  # N rows: what is shown, as it is written
     info: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -64,13 +66,13 @@ class Chains:
             first, second, end = self.places(count, moves, self.generator)
             order = torch.randperm(count, generator=self.generator)
             for parts in slices(order, self.updates, self.minibatch, teacher.processes):
-                yield (self._gather(chains.xs, chains.ts, cond, rows[i], first[i], second[i], end[i]) for i in parts)
+                yield (self._gather(chains, batch, cond, rows[i], first[i], second[i], end[i]) for i in parts)
 
     def _gather(
-        self, xs: Tensor, ts: Tensor, cond: Cond, rows: Tensor, first: Tensor, second: Tensor, end: Tensor
+        self, chains: Walked, batch: Prompts, cond: Cond, rows: Tensor, first: Tensor, second: Tensor, end: Tensor
     ) -> Pairs:
         """The pairs at these places of these chains."""
-        times = ts.to(xs.device)
+        xs, times = chains.xs, chains.ts.to(chains.xs.device)
         return Pairs(
             x=xs[rows, first],
             t=times[first],
@@ -80,6 +82,7 @@ class Chains:
             cond=take(cond, rows),
             weight=torch.ones(len(rows), device=xs.device),
             x0=xs[rows, -1],
+            prompts=pick(batch, rows),
         )
 
 

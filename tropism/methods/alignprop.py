@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tropism.ascent import no_gradient, rewarded
 from tropism.base import Cond, Denoiser, Loss, Prediction, Prompts, Reward, TextToImage, bcast, pick, take
 from tropism.explore import Exploration
 from tropism.methods.settings import ExploreSettings
@@ -26,9 +27,7 @@ from tropism.randomness import row_generators, row_seeds
 from tropism.samplers import solver
 from tropism.windows import RandomCut, Span, Window
 
-
-class NoGradient(TypeError):
-    """The reward cannot be differentiated."""
+INSTEAD = "use ddpo or raft, which need only its values"
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,7 @@ class AlignProp:
 
     def __post_init__(self) -> None:
         if not self.reward.differentiable:
-            raise NoGradient(self._no_gradient())
-
-    def _no_gradient(self) -> str:
-        return (
-            f"the reward {self.reward.name!r} has no gradient with respect to the images, and AlignProp follows that "
-            "gradient; use ddpo or raft, which need only its values, or a differentiable reward such as clip"
-        )
+            raise no_gradient(self.reward, "AlignProp", INSTEAD)
 
     def experience(self, batch: Prompts) -> Iterator[Iterator[Draws]]:
         """One update. All that is random is drawn here; sampling happens inside the loss, where the graph is."""
@@ -105,13 +98,8 @@ class AlignProp:
         return Loss(-gain.sum(), present.sum().float(), metrics)
 
     def _scored(self, latents: Tensor, prompts: Prompts) -> Tensor:
-        """(N,) rewards; where one is missing, no gradient comes back, whatever the arithmetic of the NaN was."""
-        reward = self.reward(self.policy.model.decode(latents), prompts.text, **prompts.columns)
-        if not reward.requires_grad:
-            raise NoGradient(self._no_gradient())
-        present = ~reward.isnan()
-        latents.register_hook(lambda grad: grad.where(bcast(present.to(grad.device), grad), 0.0))
-        return reward
+        """(N,) rewards; where one is missing, no gradient comes back."""
+        return rewarded(self.policy.model, self.reward, latents, prompts, "AlignProp", INSTEAD)[0]
 
     def _sample(self, denoiser: Denoiser, draws: Draws, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """(clean latents with the graph of the window, the penalty (N,))."""

@@ -29,7 +29,7 @@ class About(NamedTuple):
     adapter: str = "diffusers"  # whose format a LoRA is saved in
 
 
-ALL, NO_FLOW = "all", "all but flow-grpo"
+ALL, NO_FLOW = "all but lasro, rlcm", "all but flow-grpo, lasro, rlcm"
 
 
 class LatentPipeline(Trainable):
