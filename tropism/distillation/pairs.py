@@ -119,15 +119,18 @@ def across(segments: int) -> Places:
     return places
 
 
-def straight(segments: int, starts: float = 0.0) -> Places:
+def straight(segments: int, asked: int, share: float = 0.0) -> Places:
     """A state and the end of its part of the chain: what the teacher says, with nothing in between.
 
-    A share ``starts`` of the states are the first of their part, which is where a student of these moves is asked.
+    A ``share`` of the states are at the ``asked`` even times at which a student of so many moves is asked.
     """
 
     def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        first, _, end = within(segments)(rows, moves, generator)
-        chosen = torch.rand(rows, generator=generator) < starts
-        return first.where(~chosen, end - moves // segments), end, end
+        anywhere = torch.randint(moves, (rows,), generator=generator)
+        even = torch.randint(asked, (rows,), generator=generator) * (moves // asked)
+        first = even.where(torch.rand(rows, generator=generator) < share, anywhere)
+        length = moves // segments
+        end = (first // length + 1) * length
+        return first, end, end
 
     return places

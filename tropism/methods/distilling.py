@@ -30,6 +30,9 @@ class DistillationSettings(MethodSettings):
     """Prompts of a step, each the start of a chain of the teacher (on all processes together)."""
     images_per_prompt: int = 1
     """Chains of each prompt."""
+    asked: float = 0.0
+    """Where pairs are compared with the teacher's own chain (direct): share of the states at the times at which the
+    student will be asked."""
     pairs_per_chain: int | None = None
     """Pairs of each chain in a pass; none: as many as it has moves."""
     updates: int = 20
@@ -56,6 +59,8 @@ class DistillationSettings(MethodSettings):
                 f"student_steps is {self.student_steps}; wanted fewer than inference_steps, the teacher's "
                 f"{self.inference_steps}"
             )
+        if not 0 <= self.asked <= 1 or (self.asked and not getattr(self, "direct", False)):
+            raise ValueError(f"asked is {self.asked}; wanted a share from 0 to 1, and direct with it")
         if self.pairs_per_chain is not None and self.pairs_per_chain < 1:
             raise ValueError(f"pairs_per_chain is {self.pairs_per_chain}; wanted at least 1, or none")
         if self.huber_c <= 0:

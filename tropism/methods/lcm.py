@@ -9,7 +9,9 @@ Departures from luosiallen/latent-consistency-model:
 - states come from the teacher's own chains (2406.05768), so that no data are needed, unless ``data`` is pictures as
   theirs; the teacher has ``inference_steps`` moves where they step by ``skip`` = 20 of 1000;
 - one guidance scale, ``guidance_scale``, where they draw one for every row and embed it;
-- huber with c = 0.01, of the size of what a latent differs by.
+- huber with c = 0.01, of the size of what a latent differs by;
+- ``direct`` asks the student nothing about the nearer state: the teacher's chain says where it ends, so that nothing
+  drifts (docs/methods/lcm.md).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from tropism.base import Distillable, Reward
 from tropism.distillation import Distillation, Pictures, Source, Stepped
 from tropism.distillation.noised import rungs
-from tropism.distillation.pairs import adjacent
+from tropism.distillation.pairs import adjacent, straight
 from tropism.ema import Ema
 from tropism.methods.distilling import DistillationSettings, latent_size
 
@@ -34,6 +36,8 @@ class Settings(DistillationSettings):
     data: Literal["chains", "pictures"] = "chains"
     """Where states come from: the teacher's chains, or pictures with noise (a column image; those of scenes are drawn).
     """
+    direct: bool = False
+    """Compare with the clean end of the teacher's chain instead of with what the student says of the nearer state."""
     skip: int = 1
     """Moves of the teacher between the two states of a pair."""
     target_decay: float = 0.95
@@ -42,6 +46,8 @@ class Settings(DistillationSettings):
     def check(self) -> None:
         """As the shared settings, and the ranges above."""
         super().check()
+        if self.direct and self.data == "pictures":
+            raise ValueError("direct is given with data pictures, which have no chain of the teacher; leave one out")
         if not 1 <= self.skip <= self.inference_steps or not 0 <= self.target_decay < 1:
             raise ValueError(
                 f"skip is {self.skip} and target_decay {self.target_decay}; wanted 1 to inference_steps, which is "
@@ -59,7 +65,8 @@ class Settings(DistillationSettings):
         """The method on this model; the reward is not learnt from."""
         student = self.student(model, "consistency")
         teacher = self.teacher(model, student)
-        source: Source = self.chains(adjacent(self.skip), generator)
+        places = straight(1, self.student_steps, self.asked) if self.direct else adjacent(self.skip)
+        source: Source = self.chains(places, generator)
         if pictures is not None:
             times = rungs(teacher.ts, self.skip)
             source = Stepped(model, pictures, times, self.minibatch, self.updates, self.passes, generator)
@@ -69,5 +76,5 @@ class Settings(DistillationSettings):
             source,
             generator,
             self.measure(latent_size(student)),
-            Ema(model.parameters(), self.target_decay) if self.target_decay else None,
+            Ema(model.parameters(), self.target_decay) if self.target_decay and not self.direct else None,
         )

@@ -35,8 +35,6 @@ class Settings(DistillationSettings):
     """Moves of the teacher between the two states of a pair."""
     direct: bool = False
     """Compare with the teacher's own state at the segment's end."""
-    starts: float = 0.0
-    """With direct: share of the pairs that begin where a segment does, which is where the student will be asked."""
     stage: Literal[1, 2] = 1
     """2, after stage 1 (start_from its run): the starts of neighbouring segments must lead to one clean sample, so that
     fewer moves than segments do as well."""
@@ -51,15 +49,17 @@ class Settings(DistillationSettings):
             )
         if self.skip < 1:
             raise ValueError(f"skip is {self.skip}; wanted at least 1")
-        if not 0 <= self.starts <= 1 or (self.starts and not self.direct):
-            raise ValueError(f"starts is {self.starts}; wanted a share from 0 to 1, and direct with it")
         if self.stage == 2 and self.direct:
             raise ValueError("direct is given with stage 2, which compares the student with itself; leave one out")
 
     def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> Distillation:
         """The method on this model; the reward is not learnt from."""
         student = self.student(model, "ode")
-        places = straight(self.student_steps, self.starts) if self.direct else within(self.student_steps, self.skip)
+        places = (
+            straight(self.student_steps, self.student_steps, self.asked)
+            if self.direct
+            else within(self.student_steps, self.skip)
+        )
         if self.stage == 2:
             places = across(self.student_steps)
         chains = self.chains(places, generator)
