@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast
-from tropism.schedules import net_time
+from tropism.schedules import add_noise, net_time
 
 Target = Literal["eps", "x0", "v", "flow"]
 Net = Callable[[Tensor, Tensor, Cond], Tensor]
@@ -99,6 +99,21 @@ class NetDenoiser:
         """x (B, ...), t (B,). Raises ValueError for an eps network at alpha = 0."""
         output = self.net(x if self.dtype is None else x.to(self.dtype), net_time(self.schedule, t), cond)
         return to_prediction(self.target, self.schedule, output, x, t)
+
+
+def target_of(denoiser: Denoiser) -> Target:
+    """What the network inside was trained to say; eps where it is not a ``NetDenoiser``'s."""
+    while not isinstance(denoiser, NetDenoiser) and hasattr(denoiser, "inner"):
+        denoiser = denoiser.inner
+    return denoiser.target if isinstance(denoiser, NetDenoiser) else "eps"
+
+
+def denoising_error(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """(B,) the mean squared error of what is said of x0 with noise eps at t, in the network's own target."""
+    target, schedule = target_of(denoiser), denoiser.schedule
+    prediction = denoiser(add_noise(schedule, x0, eps, t), t, cond)
+    said = regression_target(target, schedule, prediction.x0, prediction.eps, t)
+    return (said - regression_target(target, schedule, x0, eps, t)).square().flatten(1).mean(1)
 
 
 def takes_guidance(denoiser: Denoiser) -> bool:

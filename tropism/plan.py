@@ -293,10 +293,12 @@ def set_up(plan: Plan) -> Bench:
 
 
 def _pictures(plan: Plan) -> dict[str, Any]:
-    """What a method that learns from pictures is given besides. Raises ValueError where there are none."""
-    if not getattr(plan.method_settings, "needs_pictures", False):
-        return {}
-    return {"pictures": catalog.pictures(str(plan.settings.prompts), plan.prompts)}
+    """What a method that learns from pictures, or from pairs of them, is given besides. Raises ValueError where there
+    are none."""
+    sources = {"pictures": catalog.pictures, "pairs": catalog.pairs}
+    name, settings = str(plan.settings.prompts), plan.method_settings
+    wanted = {each for each in sources if getattr(settings, f"needs_{each}", False)}
+    return {each: sources[each](name, plan.prompts) for each in wanted}
 
 
 def distils(method_settings: Any) -> bool:

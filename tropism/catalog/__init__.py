@@ -15,7 +15,7 @@ from tropism.catalog.models import (
     load_model,
     told,
 )
-from tropism.catalog.prompts import own_prompts, pictures, read_prompt_set
+from tropism.catalog.prompts import own_prompts, pairs, pictures, read_prompt_set
 from tropism.catalog.rewards import (
     RewardSpec,
     build_reward,
@@ -48,6 +48,7 @@ __all__ = [
     "own_prompts",
     "own_rewards",
     "packaged_rewards",
+    "pairs",
     "parse_reward",
     "pictures",
     "read_prompt_set",

@@ -70,3 +70,15 @@ def pictures(name: str, prompts: PromptSet) -> Pictures:
         return pixels.permute(0, 3, 1, 2).float() / 255
 
     return drawn
+
+
+def pairs(name: str, prompts: PromptSet) -> Pictures:
+    """Two pictures of each prompt, (B, 2, 3, H, W), the preferred first: files of columns jpg_0 and jpg_1, by label_0.
+    Raises BadInput where they are missing."""
+    from tropism.data.images import check_pairs, read_pairs
+
+    try:
+        check_pairs(prompts.columns)
+    except ValueError as error:
+        raise BadInput(f"prompts is {name}: {error}") from error
+    return lambda batch, generator: read_pairs(batch.columns)

@@ -1,9 +1,14 @@
-"""Pictures that belong to prompts: files named by a column ``image``."""
+"""Pictures that belong to prompts: files named by a column ``image``; or by two, and a label of which is preferred.
+
+The columns of pairs are Pick-a-Pic's, which diffusers' training scripts for preferences read as well: ``jpg_0``,
+``jpg_1`` and ``label_0``, 1 where the first is preferred and 0 where the second is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +16,36 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 COLUMN = "image"
+PAIR, LABEL = ("jpg_0", "jpg_1"), "label_0"
 
 
-def check_files(paths: Sequence[str]) -> None:
+def check_files(paths: Sequence[str], column: str = COLUMN) -> None:
     """Raises ValueError, naming it, for the first path that is no file."""
     for path in paths:
         if not Path(str(path)).expanduser().is_file():
-            raise ValueError(f"the column {COLUMN} names {path!r}, which is no file; wanted the path of a picture")
+            raise ValueError(f"the column {column} names {path!r}, which is no file; wanted the path of a picture")
+
+
+def check_pairs(columns: Mapping[str, Sequence[Any]]) -> None:
+    """Raises ValueError for a column that is missing, a path that is no file, a label that is neither 0 nor 1."""
+    for name in (*PAIR, LABEL):
+        if name not in columns:
+            raise ValueError(f"there is no column {name}; wanted {', '.join(PAIR)} (paths of pictures) and {LABEL}")
+    for label in columns[LABEL]:
+        if isinstance(label, bool) or label not in (0, 1):
+            tie = "; leave ties out" if label == 0.5 else ""
+            wanted = f"wanted 1 where {PAIR[0]} is preferred and 0 where {PAIR[1]} is{tie}"
+            raise ValueError(f"the column {LABEL} says {label!r}; {wanted}")
+    for name in PAIR:
+        check_files(columns[name], name)
+
+
+def read_pairs(columns: Mapping[str, Sequence[Any]]) -> Tensor:
+    """(B, 2, 3, H, W), the preferred first. As ``read_images``."""
+    first, second, labels = (columns[name] for name in (*PAIR, LABEL))
+    rows = [(a, b) if label else (b, a) for a, b, label in zip(first, second, labels, strict=True)]
+    found = read_images([str(path) for row in rows for path in row])
+    return found.reshape(-1, 2, *found.shape[1:])
 
 
 def read_images(paths: Sequence[str]) -> Tensor:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Loss, Prompts, Reward, TextToImage, take
-from tropism.denoisers import NetDenoiser, regression_target
+from tropism.denoisers import NetDenoiser, denoising_error
 from tropism.methods.settings import MethodSettings
 from tropism.overlap import scored_draw
 from tropism.policy import Policy, reward_statistics
 from tropism.rollout import slices
 from tropism.samplers import solver
-from tropism.schedules import add_noise
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """weigh(reward (B,), group (B,)) -> weight (B,) >= 0; 0 where there is no score."""
@@ -112,13 +111,7 @@ class RAFT:
 
     def loss(self, kept: Kept) -> Loss:
         """The denoising error in the network's own target, at uniform times, weighted."""
-        denoiser = self.policy.model.denoiser
-        assert isinstance(denoiser, NetDenoiser)  # see __post_init__
-        noisy = add_noise(denoiser.schedule, kept.x0, kept.eps, kept.t)
-        prediction = denoiser(noisy, kept.t, kept.cond)
-        said = regression_target(denoiser.target, denoiser.schedule, prediction.x0, prediction.eps, kept.t)
-        wanted = regression_target(denoiser.target, denoiser.schedule, kept.x0, kept.eps, kept.t)
-        error = (said - wanted).square().flatten(1).mean(1)
+        error = denoising_error(self.policy.model.denoiser, kept.x0, kept.eps, kept.t, kept.cond)
         weight = kept.weight.cpu().double().sum()  # exact: sums of parts are the sum of all
         return Loss((kept.weight * error).sum(), weight, {"denoising_error": error.detach().mean()})
 
