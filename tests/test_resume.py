@@ -20,7 +20,7 @@ from tropism import catalog
 from tropism.resume import with_its_config
 from tropism.sums import seal
 
-FLOW, HOPS = {"flow-grpo"}, {"lasro", "rlcm"}  # what other models are for
+FLOW, HOPS = {"flow-grpo"}, {"lasro", "pso", "rlcm"}  # what other models are for
 DISTIL = {"student_steps": "2", "inference_steps": "4", "lr_schedule": "constant"}  # which does not ask how long
 METHODS = sorted(catalog.method_names())
 STOPPING = """

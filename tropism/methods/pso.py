@@ -5,17 +5,19 @@ measured against the model before training: -log sigmoid(beta (u_w - u_l)), u = 
 regressed on alone, which is what blurs a model of few steps.
 
 Online: the best and the worst of what the model itself draws of a prompt; u of every random move of the two chains,
-each cell (pair, move) a term of its own, kept between log(1 - ``ratio_range``) and log(1 + ``ratio_range``). The last
-hop, which is deterministic, has no density and is left out. Offline: two pictures that are at hand (``pairs``), or one
-at hand against one that the model draws (``targets``); u is by how much the denoising error has fallen, both noised
-alike to one of the times at which the model moves, that of the last hop too.
+each cell (pair, move) a term of its own, with u_w at most log(1 + ``ratio_range``) and u_l at least
+log(1 - ``ratio_range``). The last hop, which is deterministic, has no density and is left out. Offline: two pictures
+that are at hand (``pairs``), or one at hand against one that the model draws (``targets``); u is by how much the
+denoising error has fallen, both noised alike to one of the times at which the model moves, that of the last hop too.
 
 Departures from ZichenMiao/Pairwise_Sample_Optimization:
 - theirs draws one noise for all rows of a batch, here every row has its own;
+- their u is bounded on both sides, so that a winner that has become too unlikely, or a loser too likely, has no
+  gradient that would bring it back: on the toy that runs away;
 - pairs of equal reward are left out, theirs train on them;
 - the denoising error is that of the network's own target. Theirs is of x_0 with weight alpha^2 / sigma^2, which is the
   error of eps, and says nothing about a flow at its first time;
-- of their variant for one concept (a hinge without reference), only the weight on the losers' own error is here.
+- their variant for one concept, a hinge without reference and a regression on losers, is left out.
 """
 
 from __future__ import annotations
@@ -41,15 +43,14 @@ BETA = {"online": 50.0, "pairs": 5.0, "targets": 5.0}
 
 @dataclass
 class PSO:
-    """``epochs`` passes over the duels of a batch, ``updates`` optimizer steps a pass. A log-ratio beyond
-    log(1 -+ ``ratio_range``) counts as that and passes no gradient; 0 is no such bound."""
+    """``epochs`` passes over the duels of a batch, ``updates`` optimizer steps a pass. A winner counts as at most
+    log(1 + ``ratio_range``) likelier than before, a loser as at most log(1 - ``ratio_range``); 0 is no such bound."""
 
     policy: Policy
     source: Source
     beta: float = 50.0
     ratio_range: float = 0.1
     smoothing: float = 0.0
-    prior_weight: float = 0.0
     minibatch: int = 64
     updates: int = 1
     epochs: int = 1
@@ -68,16 +69,17 @@ class PSO:
             before = self.source.log_prob(self.policy, duels)
         now = self.source.log_prob(self.policy, duels)
         gain = now - before
+        best, worst = gain[:, 0], gain[:, 1]
         if self.ratio_range:
-            gain = gain.clamp(math.log1p(-self.ratio_range), math.log1p(self.ratio_range))
-        margin = self.beta * (gain[:, 0] - gain[:, 1])
-        total = logistic(margin, self.smoothing).sum() - self.prior_weight * now[:, 1].sum()
-        best, worst = (now.detach() - before).mean(0)
+            best, worst = best.clamp(max=math.log1p(self.ratio_range)), worst.clamp(min=math.log1p(-self.ratio_range))
+        margin = self.beta * (best - worst)
+        total = logistic(margin, self.smoothing).sum()
+        gain_best, gain_worst = gain.detach().mean(0)
         metrics = {
-            "pair_accuracy": (margin.detach() > 0).float().mean(),
+            "pair_accuracy": (gain[:, 0] > gain[:, 1]).float().mean(),
             "margin": margin.detach().mean(),
-            "gain_best": best,
-            "gain_worst": worst,
+            "gain_best": gain_best,
+            "gain_worst": gain_worst,
         }
         return Loss(total, torch.tensor(float(len(margin))), metrics)
 
@@ -99,11 +101,9 @@ class Settings(MethodSettings):
     beta: float | None = None
     """How fast a margin saturates; none: 50 online, else 5."""
     ratio_range: float = 0.1
-    """Online: ratios to the model before training count up to 1 -+ this; 0: all they are."""
+    """Online: a pair's ratios to the model before training count up to 1 + this and down to 1 - this; 0: no bound."""
     smoothing: float = 0.0
     """Chance that a preference is wrong."""
-    prior_weight: float = 0.0
-    """Offline: weight of the denoising error of the less preferred, against forgetting."""
     eta: float = 1.0
     """Online: noise of the DDIM kernel, for a model without hops that draw noise."""
     updates: int = 1
@@ -127,10 +127,10 @@ class Settings(MethodSettings):
         for name in ("updates", "epochs", "pairs_per_prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a whole number of at least 1")
-        if not 0 <= self.ratio_range < 1 or not 0 <= self.smoothing < 0.5 or self.prior_weight < 0:
+        if not 0 <= self.ratio_range < 1 or not 0 <= self.smoothing < 0.5:
             raise ValueError(
-                f"ratio_range is {self.ratio_range}, smoothing {self.smoothing} and prior_weight {self.prior_weight}; "
-                "wanted 0 to below 1, 0 to below 0.5, and 0 or more"
+                f"ratio_range is {self.ratio_range} and smoothing {self.smoothing}; wanted 0 to below 1, and 0 to "
+                "below 0.5"
             )
         if (self.beta is not None and self.beta <= 0) or not 0 < self.eta <= 1:
             raise ValueError(f"beta is {self.beta} and eta {self.eta}; wanted above 0, and above 0 up to 1")
@@ -140,8 +140,6 @@ class Settings(MethodSettings):
                 f"least 2 (the last move has no noise to learn from) and {2 * self.pairs_per_prompt} (two for each of "
                 "pairs_per_prompt)"
             )
-        if self.source == "online" and self.prior_weight:
-            raise ValueError(f"prior_weight is {self.prior_weight}; wanted 0 online: the less preferred is the worst")
 
     def build(
         self,
@@ -165,7 +163,6 @@ class Settings(MethodSettings):
             beta=BETA[self.source] if self.beta is None else self.beta,
             ratio_range=self.ratio_range if self.source == "online" else 0.0,
             smoothing=self.smoothing,
-            prior_weight=self.prior_weight,
             minibatch=self.minibatch,
             updates=self.updates,
             epochs=self.epochs,
