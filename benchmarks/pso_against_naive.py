@@ -10,7 +10,7 @@ prompt, and with targets the sliced W2 to their law. On a pipeline it is sharpne
 that the verifier passes.
 
     python benchmarks/pso_against_naive.py --seeds 3
-    python benchmarks/pso_against_naive.py --model scenes-lcm --reward jpeg_compressibility --steps 30 --prompts scenes
+    python benchmarks/pso_against_naive.py --model FOLDER --reward jpeg_compressibility --steps 30 --prompts scenes
 """
 
 from __future__ import annotations

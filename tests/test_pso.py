@@ -269,7 +269,8 @@ def test_pairs_that_make_no_sense_are_refused(pairs_file: Path, change: dict[str
     ("settings", "sentence"),
     [
         (Settings(inference_steps=1), "inference_steps is 1 and images_per_prompt 8; wanted at least 2"),
-        (Settings(images_per_prompt=3, pairs_per_prompt=2), "images_per_prompt 3; wanted at least 2"),
+        (Settings(images_per_prompt=1), "images_per_prompt 1; wanted at least 2"),
+        (Settings(pairs_per_prompt=0), "pairs_per_prompt is 0"),
         (Settings(ratio_range=1.0), "ratio_range is 1.0"),
         (Settings(smoothing=0.5), "smoothing 0.5"),
         (Settings(beta=0.0), "beta is 0.0"),

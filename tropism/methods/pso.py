@@ -97,7 +97,7 @@ class Settings(MethodSettings):
     inference_steps: int = 4
     """Moves of a chain: those for which the model was made."""
     pairs_per_prompt: int = 1
-    """Online: pairs of each prompt's images: best with worst, second best with second worst, and so on."""
+    """Online: at most so many pairs of each prompt's images: best with worst, second best with second worst, and on."""
     beta: float | None = None
     """How fast a margin saturates; none: 50 online, else 5."""
     ratio_range: float = 0.1
@@ -134,11 +134,10 @@ class Settings(MethodSettings):
             )
         if (self.beta is not None and self.beta <= 0) or not 0 < self.eta <= 1:
             raise ValueError(f"beta is {self.beta} and eta {self.eta}; wanted above 0, and above 0 up to 1")
-        if self.source == "online" and (self.inference_steps < 2 or self.images_per_prompt < 2 * self.pairs_per_prompt):
+        if self.source == "online" and min(self.inference_steps, self.images_per_prompt) < 2:
             raise ValueError(
                 f"inference_steps is {self.inference_steps} and images_per_prompt {self.images_per_prompt}; wanted at "
-                f"least 2 (the last move has no noise to learn from) and {2 * self.pairs_per_prompt} (two for each of "
-                "pairs_per_prompt)"
+                "least 2 of each: the last move has no noise to learn from, and a pair is two"
             )
 
     def build(
