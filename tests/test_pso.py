@@ -11,6 +11,7 @@ import pytest
 import torch
 from methods import MODES, PROMPTS, TANGENT, Off, batch, distilled, toy, weights
 from PIL import Image
+from small_run import refused, said, train_words
 from torch import Tensor
 
 from tropism import catalog
@@ -246,6 +247,18 @@ def test_pairs_of_a_file_come_with_the_preferred_first(pairs_file: Path) -> None
     assert pictures.mean((2, 3, 4)).tolist() == [[1, 0], [0, 1], [1, 0]]
 
 
+def test_the_command_learns_from_pairs(pairs_file: Path, tiny_lcm: Path, monkeypatch: Any, capsys: Any) -> None:
+    """And refuses a file without them, before anything is written."""
+    monkeypatch.chdir(pairs_file.parent)
+    for name in ("dark", "light"):
+        Image.open(f"{name}.png").resize((16, 16)).save(f"{name}.png")
+    changes = {"model": str(tiny_lcm), "source": "pairs", "eval_every": "0", "save_every": "0"}
+    result = said(train_words("pso", **changes, prompts=pairs_file.name, out="run"), capsys)
+    assert result.code == 0, result.err
+    (pairs_file.parent / "prompts.txt").write_text("a red fox\ntwo blue cubes\n")
+    assert "there is no column jpg_0" in refused(train_words("pso", **changes), capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -260,9 +273,9 @@ def test_pairs_that_make_no_sense_are_refused(pairs_file: Path, change: dict[str
     rows = [json.loads(line) | change for line in pairs_file.read_text().split("\n")]
     rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
     pairs_file.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(BadInput) as caught:
         catalog.pairs("pairs.jsonl", read_prompts(pairs_file))
-    assert sentence in str(refused.value) and str(refused.value).startswith("prompts is pairs.jsonl: ")
+    assert sentence in str(caught.value) and str(caught.value).startswith("prompts is pairs.jsonl: ")
 
 
 @pytest.mark.parametrize(
