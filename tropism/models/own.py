@@ -26,6 +26,8 @@ class OwnModel(Trainable):
     ``shape`` is that of one x, ``decode`` returns (B, 3, H, W), which is clamped to [0, 1]. Without a ``schedule`` it
     is the straight path (rectified flow) and tau is the time itself, from 1 (noise) to 0. ``grid(steps)`` are the times
     of a chain, (steps + 1,); none: even levels of a flow, trailing timesteps of a DDPM table, even times of another.
+    With ``takes_end`` the network also has an argument ``end_time``, which may be missing: where on the path it is
+    asked to go, as tau; it can then be trained to jump there (``denoisers.FlowMap``).
 
     The network is put in evaluation mode and frozen, until ``add_lora`` (all linear layers unless told otherwise) or
     ``train_full``. A LoRA is saved in PEFT's format, all weights as a state dictionary, both as safetensors.
@@ -46,6 +48,7 @@ class OwnModel(Trainable):
         guidance_scale: float = 1.0,
         steps: int = 20,
         negative_prompt: str = "",
+        takes_end: bool = False,
     ) -> None:
         network.eval().requires_grad_(False)
         super().__init__(SimpleNamespace(network=network))
@@ -54,7 +57,7 @@ class OwnModel(Trainable):
         self._own_decode, self._own_grid, self._guidance_scale = decode, grid, guidance_scale
         self._schedule = RectifiedFlow(num_train_timesteps=1) if schedule is None else schedule
         self._checkpointing = self._slicing = False
-        self.denoiser = NetDenoiser(self.net, self._schedule, target)
+        self.denoiser = NetDenoiser(self.net, self._schedule, target, takes_end=takes_end)
 
     @property
     def guidance_scale(self) -> float:
