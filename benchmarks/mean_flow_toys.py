@@ -1,7 +1,7 @@
 """Any-to-any models on a ring of eight modes: flow matching, MeanFlow and shortcut models, at equal updates.
 
-Each network begins from nothing and sees as many fresh points. What is drawn with is the average of the weights (0.998).
-Flow matching is MeanFlow's own code with r = t in every row, walked by Euler's method; the others jump. Compared is the
+Each network begins from nothing and sees as many fresh points; the average of its weights (0.998) is drawn with. Flow
+matching is MeanFlow's own code with r = t in every row, walked by Euler's method; the others jump. Compared is the
 sliced W2 (64 directions, 10,000 points) to fresh data; the last row is what two sets of data are apart.
 
     python benchmarks/mean_flow_toys.py --seeds 3 --updates 4000

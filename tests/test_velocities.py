@@ -165,7 +165,9 @@ def test_the_learnt_guidance_has_the_scale_that_was_asked_for(kappa: float) -> N
     assert torch.equal(method.guided(rows)[dropped], v[dropped])
     assert torch.equal(unprompted(rows.cond, ring.null()), dropped)
     fixed = null + 3 * (v - null)  # said by a student that has learnt it
-    assert float((3 * (1 - kappa) * v + (1 - 3 * (1 - kappa) - kappa) * null + kappa * fixed - fixed).abs().max()) < 1e-4
+    assert (
+        float((3 * (1 - kappa) * v + (1 - 3 * (1 - kappa) - kappa) * null + kappa * fixed - fixed).abs().max()) < 1e-4
+    )
 
 
 def test_times_are_drawn_as_the_papers_say() -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from tropism.base import Cond, Denoiser, bcast
 from tropism.denoisers import towards
+from tropism.distillation.forward import along
 from tropism.schedules import RectifiedFlow
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +40,7 @@ def mean_velocity(u: Velocity, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Te
 
     du/dt = v du/dx + du/dt in one forward derivative, for r held where it is.
     """
-    _, rate = jvp(lambda x, t: u(x, t, r), (x, t), (v, torch.ones_like(t)))  # type: ignore[no-untyped-call]
+    _, rate = along(lambda x, t: u(x, t, r), (x, t), (v, torch.ones_like(t)))
     return v - bcast(t - r, x) * rate
 
 

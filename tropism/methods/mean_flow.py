@@ -1,7 +1,7 @@
 """MeanFlow: mean flows for one-step generative modelling (Geng et al. 2025, 2505.13447, algorithms 1 and 2).
 
-The network says u(z, t, r), the mean velocity over [r, t], so that z_r = z_t - (t - r) u is reached in one jump from any
-t to any r. With v = eps - x_0 the instantaneous velocity, the definition of the mean gives the identity
+The network says u(z, t, r), the mean velocity over [r, t], so that z_r = z_t - (t - r) u is reached in one jump from
+any t to any r. With v = eps - x_0 the instantaneous velocity, the definition of the mean gives the identity
 
     u(z, t, r) = v - (t - r) du/dt,   du/dt = v du/dz + du/dt   (one forward derivative along (v, 1, 0) in z, t, r)
 

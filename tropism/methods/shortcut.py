@@ -6,7 +6,7 @@ it, and a jump must be two jumps of half its length, as an average of the studen
 
     target = (u(x, t, t - d/2) + u(x', t - d/2, t - d)) / 2,   x' = x - (d/2) u(x, t, t - d/2)
 
-where the shortest half, 1 / M, is asked as d = 0. Any number of even jumps, a power of 2 up to M, then draws. Guidance is
+where the shortest half, 1 / M, is asked as d = 0. Even jumps, as many as a power of 2 up to M, then draw. Guidance is
 learnt as in the paper: the shortest halves are guided, and the longer jumps follow from them.
 
 Departures from kvfrans/shortcut-models:
