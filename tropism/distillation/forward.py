@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.func import jvp
@@ -20,5 +21,5 @@ def along(f: Callable[..., Tensor], at: tuple[Tensor, ...], to: tuple[Tensor, ..
     Attention is computed in its plain form: the fused ones have no forward derivative.
     """
     with _ONE, sdpa_kernel(SDPBackend.MATH):
-        said, rate = jvp(f, at, to)  # type: ignore[no-untyped-call]
-    return said, rate
+        found: Any = jvp(f, at, to)
+    return found[0], found[1]
