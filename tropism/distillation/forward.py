@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_ONE = (
-    threading.Lock()
-)  # torch keeps the level of forward derivatives, and the kind of attention, for the whole process
+# Torch keeps the level of forward derivatives, and the kind of attention, for the whole process.
+_ONE = threading.Lock()
 
 
 def along(f: Callable[..., Tensor], at: tuple[Tensor, ...], to: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
