@@ -65,7 +65,7 @@ DISTILLED = [
         "rg_lcd_direct", rg_lcd.Settings(**SIZES, reward_weight=0.3, variant="direct"), "eps", 20, (1, 0.6), floor=-0.36
     ),
     _row("mean_flow", mean_flow.Settings(**ONE), "flow", 40, (4, 0.12), (8, 0.09)),  # 0.093, 0.070; in one jump 1.18
-    _row("shortcut", shortcut.Settings(**ONE | SHORT), "flow", 40, (4, 0.15)),  # 0.120
+    _row("shortcut", shortcut.Settings(**ONE | SHORT), "flow", 40, (2, 0.19), (4, 0.15)),  # 0.145, 0.111
 ]
 
 
