@@ -20,8 +20,8 @@ Cond = Mapping[str, Tensor]
 """What a denoiser is conditioned on: named tensors that all have the batch as their first dimension."""
 
 
-Hops = Literal["consistency", "ode"]
-"""How a few-step model moves: it noises its answer again, or follows the path."""
+Hops = Literal["consistency", "ode", "jump"]
+"""How a few-step model moves: it noises its answer again, follows the path, or jumps along it to where it is told."""
 
 
 def take(cond: Cond, index: Tensor) -> dict[str, Tensor]:
@@ -235,7 +235,8 @@ class Distillable(TextToImage, Protocol):
     def few_step(self, hops: Hops, steps: int) -> Self:
         """The same network, and what is trained in it, drawn with in ``steps`` unguided moves on even times.
 
-        Raises ValueError for a model that is made for few steps already.
+        Raises ValueError for a model that is made for few steps already, and for jumps of a network that cannot be told
+        where to (``denoisers.FlowMap``).
         """
         ...
 

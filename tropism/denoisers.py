@@ -24,7 +24,8 @@ TOLD = "told_guidance"
 
 
 END = "end_time"
-"""The entry of cond (B,) from which a network that is told two times reads the second: ``net_time`` of it."""
+"""The entry of cond (B,) from which a network that is told two times reads the second: ``net_time`` of it (see
+``takes_end``)."""
 
 
 def _known(target: str) -> None:
@@ -83,7 +84,7 @@ class NetDenoiser:
     """A network as a Denoiser. ``dtype`` is what x is cast to before the network sees it; None leaves float32.
 
     ``takes_guidance`` says that the network was distilled from guided answers (2210.03142) and reads the scale from
-    cond[TOLD], or takes its default where there is none.
+    cond[TOLD], or takes its default where there is none. ``takes_end`` says that it reads a second time from cond[END].
     """
 
     net: Net
@@ -91,6 +92,7 @@ class NetDenoiser:
     target: Target
     dtype: torch.dtype | None = None
     takes_guidance: bool = False
+    takes_end: bool = False
 
     def __post_init__(self) -> None:
         _known(self.target)
@@ -155,6 +157,45 @@ class ConsistencyDenoiser:
         skip, out = bcast(self.sigma_data**2 / total, x), bcast(scaled / total.sqrt(), x)
         answer = skip * x + out * self.inner(x, t, cond).x0
         return consistent(answer, x, bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x))
+
+
+def takes_end(denoiser: Denoiser) -> bool:
+    """Whether its network can be told a second time: where on the path it is asked to go."""
+    return bool(getattr(denoiser, "takes_end", False))
+
+
+@dataclass(frozen=True, eq=False)
+class FlowMap:
+    """A model that jumps from any time t to any s <= t along the path (2310.02279; flow maps, 2406.07507).
+
+    What the inner denoiser believes at (x, t) when it is told s is such that alpha(s) x0 + sigma(s) eps is the state at
+    s: for a network that says eps - x0 on a straight path this is x - (t - s) u, with u the mean velocity from s to t.
+    Without cond[END] it is told t itself, where it is an ordinary denoiser. Raises ValueError for a network that cannot
+    be told.
+    """
+
+    inner: Denoiser
+
+    def __post_init__(self) -> None:
+        if not takes_end(self.inner):
+            raise ValueError(
+                "the network of this model is told one time, and this method needs one that is told a second, where to "
+                "jump; take lcm or mlcm, or a model of your own with takes_end"
+            )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.inner.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,), cond[END] (B,) as ``towards`` writes it."""
+        return self.inner(x, t, cond if END in cond else towards(self, cond, t))
+
+
+def towards(denoiser: Denoiser, cond: Cond, end: Tensor) -> Cond:
+    """cond (B rows) that tells a flow map the time ``end`` (B,); for any other denoiser cond as it is."""
+    return {**cond, END: net_time(denoiser.schedule, end)} if isinstance(denoiser, FlowMap) else cond
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from tropism.config import BadInput, suggest
 if TYPE_CHECKING:
     pass
 
-BASE = "DistillationSettings"  # which their settings extend
+DISTILS = re.compile(r"\w*(Distillation|Training)Settings")  # which their settings extend
 METHODS = Path(__file__).parents[1] / "methods"
 
 
@@ -32,13 +33,13 @@ def distilling() -> list[str]:
 
 
 def _extends(module: str) -> bool:
-    """Whether the settings in this file are ``BASE``, perhaps by way of another method's."""
+    """Whether the settings in this file extend those of distillation, perhaps by way of another method's."""
     tree = ast.parse((METHODS / f"{module}.py").read_text(encoding="utf-8"))
     bases = [
         base for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings" for base in node.bases
     ]
     names = [ast.unparse(base).split(".") for base in bases]
-    return any(name == [BASE] or (len(name) == 2 and _extends(name[0])) for name in names)
+    return any(_extends(name[0]) if len(name) == 2 else bool(DISTILS.fullmatch(name[0])) for name in names)
 
 
 def method_settings(name: str) -> type[Any]:

@@ -17,7 +17,7 @@ from tropism.schedules import add_noise
 Pictures = Callable[[Prompts, torch.Generator], Tensor]
 """pictures(prompts, generator) -> what the prompts show, (B, 3, H, W) in [0, 1] (points on a toy)."""
 Times = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
-"""times(rows, updates made so far, generator) -> t, s < t, and a weight, (rows,) each."""
+"""times(rows, updates made so far, generator) -> t, s <= t, and a weight, (rows,) each."""
 Coupling = Callable[[Tensor, Tensor], Tensor]
 """coupling(x0 (B, ...), eps (B, ...)) -> eps with its rows in another order."""
 
@@ -27,6 +27,7 @@ class Noised:
     """``updates`` slices of a batch of pictures a pass, each row with fresh noise and times.
 
     ``made`` counts the updates, for times that change over training. ``drop`` is the share of rows without prompt.
+    x and y lead to the clean end of the path, or with ``near`` only to y.
     """
 
     model: Distillable
@@ -38,6 +39,7 @@ class Noised:
     generator: torch.Generator
     coupling: Coupling | None = None
     drop: float = 0.0
+    near: bool = False
     made: int = 0
 
     def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
@@ -61,7 +63,7 @@ class Noised:
     def _pairs(self, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, weight: Tensor, cond: dict[str, Tensor]) -> Pairs:
         schedule = self.model.denoiser.schedule
         far, near = add_noise(schedule, x0, eps, t), add_noise(schedule, x0, eps, s)
-        return Pairs(far, t, near, s, torch.zeros_like(t), cond, weight, x0, eps)
+        return Pairs(far, t, near, s, s if self.near else torch.zeros_like(t), cond, weight, x0, eps)
 
 
 @dataclass

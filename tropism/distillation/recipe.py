@@ -14,6 +14,7 @@ from tropism.distillation.pairs import Pairs, Source
 from tropism.ema import Ema
 from tropism.losses.consistency import Distance, Huber
 from tropism.policy import Policy
+from tropism.samplers import Jump
 
 Term = Callable[["Distillation", Pairs, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """term(recipe, pairs, what the student said (N, ...)) -> (a sum to be added to the loss (), metrics)."""
@@ -24,12 +25,11 @@ Carry = Callable[[Denoiser, Tensor, Tensor, Tensor, Cond], Tensor]
 def carried(denoiser: Denoiser, x: Tensor, t: Tensor, end: Tensor, cond: Cond) -> Tensor:
     """One deterministic jump from t to ``end``: alpha x_0 + sigma eps of what is believed at (x, t).
 
-    At end = 0 it is the clean sample, the consistency function; at end = t it is x itself (2406.05768, section 3).
+    At end = 0 it is the clean sample, the consistency function; at end = t it is x itself (2406.05768, section 3). A
+    flow map is told ``end``.
     """
-    x0, eps = denoiser(x, t, cond)
-    alpha = denoiser.schedule.alpha(end).where(end > 0, 1.0)
-    sigma = denoiser.schedule.sigma(end).where(end > 0, 0.0)
-    return bcast(alpha, x) * x0 + bcast(sigma, x) * eps
+    law, _ = Jump()(denoiser, x, t, end, cond)
+    return law.mean
 
 
 @dataclass

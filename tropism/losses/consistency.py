@@ -72,4 +72,20 @@ class Cauchy:
         return torch.log1p(_squared(said, wanted) / (2 * self.c**2))
 
 
+@dataclass(frozen=True)
+class Adaptive:
+    """|d|^2 / (|d|^2 + c)^power, the denominator held fixed: rows that are far off count for no more than others.
+
+    2505.13447, section 4.3 (from 2406.14548); its gradient is that of log(|d|^2 + c) where ``power`` is 1.
+    """
+
+    power: float = 1.0
+    c: float = 0.01
+
+    def __call__(self, said: Tensor, wanted: Tensor) -> Tensor:
+        """(N, ...) twice -> (N,)."""
+        squared = _squared(said, wanted)
+        return squared / (squared.detach() + self.c) ** self.power
+
+
 DISTANCES = {"l2": MeanSquare, "huber": Huber, "pseudo-huber": PseudoHuber}

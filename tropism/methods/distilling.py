@@ -17,15 +17,13 @@ from tropism.samplers import solver
 
 
 @dataclass(frozen=True)
-class DistillationSettings(MethodSettings):
-    """Flags and YAML keys of every distillation. The teacher is the model as it was before training."""
+class StudentSettings(MethodSettings):
+    """Flags and YAML keys of every method that makes a model for few steps."""
 
     distils: ClassVar[bool] = True
 
     student_steps: int = 4
     """Moves of the student, for which it is made."""
-    inference_steps: int = 20
-    """Moves of the teacher's chains, whose states the student learns from."""
     prompts_per_step: int = 64
     """Prompts of a step, each the start of a chain of the teacher (on all processes together)."""
     images_per_prompt: int = 1
@@ -39,10 +37,6 @@ class DistillationSettings(MethodSettings):
     """Optimizer steps of one pass over a step's pairs."""
     passes: int = 1
     """Passes over the pairs of a step."""
-    distance: Literal["huber", "l2", "pseudo-huber"] = "huber"
-    """Between what student and target say."""
-    huber_c: float = 0.01
-    """Where huber turns from a square into an absolute value, per dimension; pseudo-huber scales it by their number."""
     learning_rate: float = 1e-3
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """Of the learning rate; cosine: falling to 0 over the run."""
@@ -54,6 +48,27 @@ class DistillationSettings(MethodSettings):
         for name in ("student_steps", "updates", "passes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a whole number of at least 1")
+
+    def student(self, model: Distillable, hops: Hops) -> Policy:
+        """The student as it is sampled. Raises ValueError for a model that is made for few steps already."""
+        view = model.few_step(hops, self.student_steps)
+        return Policy(view, solver(view.denoiser), self.student_steps, microbatch=self.sample_batch)
+
+
+@dataclass(frozen=True)
+class DistillationSettings(StudentSettings):
+    """Flags and YAML keys of every distillation. The teacher is the model as it was before training."""
+
+    inference_steps: int = 20
+    """Moves of the teacher's chains, whose states the student learns from."""
+    distance: Literal["huber", "l2", "pseudo-huber"] = "huber"
+    """Between what student and target say."""
+    huber_c: float = 0.01
+    """Where huber turns from a square into an absolute value, per dimension; pseudo-huber scales it by their number."""
+
+    def check(self) -> None:
+        """As the settings of a student, and the ranges above."""
+        super().check()
         if self.student_steps >= self.inference_steps:
             raise ValueError(
                 f"student_steps is {self.student_steps}; wanted fewer than inference_steps, the teacher's "
@@ -71,11 +86,6 @@ class DistillationSettings(MethodSettings):
         if self.distance == "l2":
             return MeanSquare()
         return Huber(self.huber_c) if self.distance == "huber" else PseudoHuber(self.huber_c * size**0.5)
-
-    def student(self, model: Distillable, hops: Hops) -> Policy:
-        """The student as it is sampled. Raises ValueError for a model that is made for few steps already."""
-        view = model.few_step(hops, self.student_steps)
-        return Policy(view, solver(view.denoiser), self.student_steps, microbatch=self.sample_batch)
 
     def teacher(self, model: Distillable, student: Policy) -> Policy:
         """The model as it was, on as many times as ``inference_steps``, of which the student's are some."""

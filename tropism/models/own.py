@@ -21,11 +21,14 @@ Encode = Callable[[list[str]], Mapping[str, Tensor]]
 
 
 class OwnModel(Trainable):
-    """``network(x, tau, **encode(prompts))`` says ``target`` on ``schedule``; ``decode`` makes images of the last x.
+    """``network(x, tau, **encode(prompts))`` says ``target`` on ``schedule``; ``decode`` makes images of the last x,
+    ``latents`` the x of images, for methods that learn from pictures.
 
     ``shape`` is that of one x, ``decode`` returns (B, 3, H, W), which is clamped to [0, 1]. Without a ``schedule`` it
     is the straight path (rectified flow) and tau is the time itself, from 1 (noise) to 0. ``grid(steps)`` are the times
     of a chain, (steps + 1,); none: even levels of a flow, trailing timesteps of a DDPM table, even times of another.
+    With ``takes_end`` the network also has an argument ``end_time``, which may be missing: where on the path it is
+    asked to go, as tau; it can then be trained to jump there (``denoisers.FlowMap``).
 
     The network is put in evaluation mode and frozen, until ``add_lora`` (all linear layers unless told otherwise) or
     ``train_full``. A LoRA is saved in PEFT's format, all weights as a state dictionary, both as safetensors.
@@ -46,15 +49,18 @@ class OwnModel(Trainable):
         guidance_scale: float = 1.0,
         steps: int = 20,
         negative_prompt: str = "",
+        takes_end: bool = False,
+        latents: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         network.eval().requires_grad_(False)
         super().__init__(SimpleNamespace(network=network))
         self.latent_shape, self.steps, self.negative_prompt = tuple(shape), steps, negative_prompt
         self._own_encode: Encode | None = encode
+        self._own_latents = latents
         self._own_decode, self._own_grid, self._guidance_scale = decode, grid, guidance_scale
         self._schedule = RectifiedFlow(num_train_timesteps=1) if schedule is None else schedule
         self._checkpointing = self._slicing = False
-        self.denoiser = NetDenoiser(self.net, self._schedule, target)
+        self.denoiser = NetDenoiser(self.net, self._schedule, target, takes_end=takes_end)
 
     @property
     def guidance_scale(self) -> float:
@@ -90,6 +96,20 @@ class OwnModel(Trainable):
         """(B, *shape) -> images (B, 3, H, W) in [0, 1], float32; keeps the graph, also of what is clamped."""
         parts = latents.split(1) if self._slicing else [latents]
         return clamped(torch.cat([self._own_decode(part) for part in parts]).float())
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, *shape), as the network's data are. Raises ValueError where none was given, and
+        where it gives something else."""
+        if self._own_latents is None:
+            raise ValueError("this model was made without latents, which a method that learns from pictures needs")
+        found = self._own_latents(images.to(self.device)).float()
+        if found.shape != (len(images), *self.latent_shape):
+            raise ValueError(
+                f"latents gave {tuple(found.shape)} for images {tuple(images.shape)}; wanted "
+                f"{(len(images), *self.latent_shape)}: images of the model's own size"
+            )
+        return found
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) decreasing times from noise to 0, float32."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tropism.base import Cond, Denoiser, Hops, Prediction, Prompts, Schedule
-from tropism.denoisers import END, ConsistencyDenoiser, NetDenoiser, Preconditioned
+from tropism.denoisers import END, ConsistencyDenoiser, FlowMap, NetDenoiser, Preconditioned
 from tropism.models.toy import MixtureDenoiser, linear
 from tropism.schedules import EDM, NetSchedule, RectifiedFlow
 
@@ -98,6 +98,8 @@ class Ring:
     def denoiser(self) -> Denoiser:
         """The student, or the mixture inside ``reference()``."""
         either = _Either(self)
+        if self._hops == "jump":
+            return FlowMap(either)
         return ConsistencyDenoiser(either, None) if self._hops == "consistency" else either
 
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -163,7 +165,9 @@ class Ring:
 
 
 class _Either:
-    """The denoiser of a ring: which one it is is decided at every call."""
+    """The denoiser of a ring: which one it is is decided at every call. The mixture does not read cond[END]."""
+
+    takes_end = True
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring

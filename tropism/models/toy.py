@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tropism.base import Cond, Denoiser, Hops, Prediction, Schedule, bcast
-from tropism.denoisers import ConsistencyDenoiser, NetDenoiser, regression_target
+from tropism.denoisers import END, ConsistencyDenoiser, FlowMap, NetDenoiser, regression_target
 from tropism.schedules import DDPMTable, RectifiedFlow, Spacing, add_noise, ddpm_table, flow_grid, table_grid
 
 
@@ -216,20 +216,32 @@ SPREAD = 0.25
 
 
 class ToyNet(nn.Module):
-    """A SiLU network: x (B, 2), number (B,), cond["prompt_embeds"] (B, 2, 16), two phrase tokens -> (B, 2)."""
+    """A SiLU network: x (B, 2), number (B,), cond["prompt_embeds"] (B, 2, 16), two phrase tokens -> (B, 2).
+
+    It can be told a second time, cond[END] (B,)."""
 
     def __init__(self, generator: torch.Generator, width: int = 96, token: int = 16) -> None:
         super().__init__()
         sizes = (2 + 16 + 2 * token, width, width, width, 2)
         self.layers = nn.ModuleList(linear(a, b, generator) for a, b in itertools.pairwise(sizes))
+        self.end = nn.utils.skip_init(nn.Linear, 16, width, bias=False)
+        nn.init.zeros_(self.end.weight)  # so that being told a second time changes nothing at first
 
     def forward(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
-        """``number`` runs over 0..1000."""
-        angle = (number.to(x) / 1000)[:, None] * (2.0 ** torch.arange(8, device=x.device) * math.pi / 4).to(x)
-        hidden = torch.cat([x, angle.sin(), angle.cos(), cond["prompt_embeds"].to(x).flatten(1)], dim=1)
-        for layer in self.layers[:-1]:
-            hidden = nn.functional.silu(layer(hidden))
-        return self.layers[-1](hidden)  # type: ignore[no-any-return]
+        """``number``, and cond[END] if there is one, run over 0..1000."""
+        told = torch.cat([x, _waves(number, x), cond["prompt_embeds"].to(x).flatten(1)], dim=1)
+        hidden = self.layers[0](told)
+        if END in cond:
+            hidden = hidden + self.end(_waves(cond[END], x))
+        for layer in self.layers[1:]:
+            hidden = layer(nn.functional.silu(hidden))
+        return hidden  # type: ignore[no-any-return]
+
+
+def _waves(number: Tensor, x: Tensor) -> Tensor:
+    """(B,) of 0..1000 -> (B, 16), as x in dtype and place."""
+    angle = (number.to(x) / 1000)[:, None] * (2.0 ** torch.arange(8, device=x.device) * math.pi / 4).to(x)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
@@ -258,7 +270,7 @@ class ToyTextToImage:
         flow = target == "flow"
         self.schedule = RectifiedFlow() if flow else ddpm_table(1000, 0.00085, 0.012, "scaled_linear")
         self._frozen, self._now = copy.deepcopy(net).requires_grad_(False), {"reference": False}  # views share these
-        self.denoiser: Denoiser = NetDenoiser(self._output, self.schedule, target)
+        self.denoiser: Denoiser = NetDenoiser(self._output, self.schedule, target, takes_end=True)
 
     def _output(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
         net = self._frozen if self._now["reference"] else self.net
@@ -333,11 +345,13 @@ class ToyTextToImage:
         return images
 
     def few_step(self, hops: Hops, steps: int) -> ToyTextToImage:
-        """The same network, unguided; a consistency model noises its answer again."""
+        """The same network, unguided; a consistency model noises its answer again, a flow map is told where to."""
         view = copy.copy(self)
         view.guidance_scale, view._spacing = 1.0, "trailing"
         if hops == "consistency":
             view.denoiser = ConsistencyDenoiser(self.denoiser, None if self.target == "flow" else 10.0)
+        if hops == "jump":
+            view.denoiser = FlowMap(self.denoiser)
         return view
 
 

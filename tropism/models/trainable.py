@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tropism.base import Cond, Denoiser, Hops
-from tropism.denoisers import TOLD, ConsistencyDenoiser
+from tropism.denoisers import END, TOLD, ConsistencyDenoiser, FlowMap
 from tropism.models.adapters import Full, Lora, Trained, lora_config
 from tropism.models.plain_adapters import PlainFull, PlainLora
 
@@ -113,13 +113,15 @@ class Trainable(ABC):
         """The same network, and what is trained in it so far, drawn with in ``steps`` unguided moves on even times.
 
         The view shares everything but how it is drawn with; what it saves says how. Raises ValueError for a model that
-        is made for few steps already.
+        is made for few steps already, and for jumps of a network that cannot be told where to.
         """
         if self.hops is not None or isinstance(self.denoiser, ConsistencyDenoiser):
             raise ValueError("model is made for few steps already; wanted the model that it was distilled from")
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
+        jumping = FlowMap(self.denoiser) if hops == "jump" else None  # refuses what cannot be told
         view = self._few_step_view(hops, steps)
+        view.denoiser = view.denoiser if jumping is None else jumping
         view.hops, view.steps = hops, steps
         return view
 
@@ -132,7 +134,7 @@ class Trainable(ABC):
         """x (B, ...), tau (B,) -> the network's raw output (B, ...), float32, as trained so far."""
         trained = self._trained
         dtype = self._dtype if trained is None else trained.dtype
-        exact = {name for name, value in cond.items() if name == TOLD or not value.is_floating_point()}
+        exact = {name for name, value in cond.items() if name in (TOLD, END) or not value.is_floating_point()}
         rows = {name: value if name in exact else value.to(dtype) for name, value in cond.items()}
         with nullcontext() if trained is None else trained.precision():
             return self._predict(self._network(), x.to(dtype), tau, rows).float()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from tropism.base import Denoiser, Kernel
-from tropism.denoisers import ConsistencyDenoiser
+from tropism.denoisers import ConsistencyDenoiser, FlowMap
 from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import EulerODE, FlowSDE
+from tropism.samplers.jump import Jump
 from tropism.schedules import RectifiedFlow
 
 
 def solver(denoiser: Denoiser, eta: float = 0.0) -> Kernel:
-    """Hops of a consistency model (which draw noise whatever ``eta`` is), Euler's method on a flow, else DDIM(eta)."""
+    """Hops of a consistency model (which draw noise whatever ``eta`` is), jumps of a flow map, Euler's method on a
+    flow, else DDIM(eta)."""
     if isinstance(denoiser, ConsistencyDenoiser):
         return Consistency()
+    if isinstance(denoiser, FlowMap):
+        return Jump()
     return EulerODE() if isinstance(denoiser.schedule, RectifiedFlow) else DDIM(eta)
 
 
