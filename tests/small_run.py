@@ -7,7 +7,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tropism import catalog
 from tropism.cli import main
@@ -47,19 +49,31 @@ number = 3
 
 
 def small_place(tiny: Path, folder: Path) -> Path:
-    """A folder to run in: ``model`` (three steps, guidance 2), ``prompts.txt`` and ``rewards.py``."""
+    """A folder to run in: ``model`` (three steps, guidance 2), ``prompts.txt``, ``rewards.py``, and ``pictures.jsonl``,
+    the prompts with pictures."""
     shutil.copytree(tiny, folder / "model")
     (folder / "model" / "tropism.json").write_text(json.dumps({"steps": 3, "guidance_scale": 2.0}))
     (folder / "prompts.txt").write_text("a red fox\ntwo blue cubes\na green hill\n")
     (folder / "rewards.py").write_text(REWARDS)
+    rows = []
+    for number, text in enumerate((folder / "prompts.txt").read_text().splitlines()):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append(json.dumps({"prompt": text, "image": f"{number}.png"}))
+    (folder / "pictures.jsonl").write_text("\n".join(rows))
     return folder
+
+
+def learns_from_pictures(method: str) -> bool:
+    """As its usual settings have it."""
+    return bool(getattr(catalog.method_settings(method)(), "needs_pictures", False))
 
 
 def train_words(method: str = "ddpo", **changes: str | list[str] | None) -> list[str]:
     """``tropism train`` with little to do; a setting that is None is left out, an empty one is a bare flag."""
     settings: dict[str, str | list[str] | None] = {
         "model": "model",
-        "prompts": "prompts.txt",
+        "prompts": "pictures.jsonl" if learns_from_pictures(method) else "prompts.txt",
         "reward": "brightness",
         "steps": "2",
         "prompts_per_step": "2",

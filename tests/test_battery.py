@@ -15,7 +15,7 @@ import pkgutil
 
 import pytest
 import torch
-from distillers import DISTILLED, apart, drawn, taught
+from distillers import DISTILLED, apart, drawn
 from methods import PROMPTS, ROWS, Off, Row, batch, evaluate, fit, weights
 from torch import Tensor
 
@@ -73,7 +73,7 @@ def test_learns(row):
 def test_students_learn(row):
     """Below the ceilings, which are below what the untrained student does."""
     model = row.toy()
-    untrained, goal = row.build(model, Off(), torch.Generator().manual_seed(0)), taught(model)
+    untrained, goal = row.build(model, Off(), torch.Generator().manual_seed(0)), row.goal(model)
     start = {moves: apart(drawn(untrained.policy.with_(steps=moves)), goal) for moves, _ in row.ceilings}
     method = fit(row, model, Off(), row.steps)
     assert row.ceilings

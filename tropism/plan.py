@@ -273,7 +273,7 @@ def set_up(plan: Plan) -> Bench:
     watched = Watched(reward)
 
     def build(own: Any, reward: Reward, generator: torch.Generator) -> Any:
-        return own.build(model, reward, generator, **_pictures(plan))
+        return own.build(model, reward, generator, **_pictures(plan, model))
 
     with as_bad_input(ValueError, TypeError):
         method = build(plan.method_settings, watched, torch.Generator().manual_seed(settings.seed + 1))
@@ -292,13 +292,17 @@ def set_up(plan: Plan) -> Bench:
     return Bench(trained, reward, method, optimizer, ema, watched, plan.processes, evaluator, best_by, build)
 
 
-def _pictures(plan: Plan) -> dict[str, Any]:
-    """What a method that learns from pictures, or from pairs of them, is given besides. Raises ValueError where there
-    are none."""
+def _pictures(plan: Plan, model: Trainable) -> dict[str, Any]:
+    """What a method that learns from pictures, or from pairs of them, is given besides; the first are tried. Raises
+    ValueError where there are none, and for those that do not fit the model."""
     sources = {"pictures": catalog.pictures, "pairs": catalog.pairs}
     name, settings = str(plan.settings.prompts), plan.method_settings
-    wanted = {each for each in sources if getattr(settings, f"needs_{each}", False)}
-    return {each: sources[each](name, plan.prompts) for each in wanted}
+    wanted = [each for each in sources if getattr(settings, f"needs_{each}", False)]
+    found = {each: sources[each](name, plan.prompts) for each in wanted}
+    for source in found.values():
+        shown = source(plan.prompts.batch([0], 1), torch.Generator().manual_seed(0))
+        model.latents(shown.reshape(-1, *shown.shape[-3:]))
+    return found
 
 
 def distils(method_settings: Any) -> bool:

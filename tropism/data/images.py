@@ -6,13 +6,14 @@ The columns of pairs are Pick-a-Pic's, which diffusers' training scripts for pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 COLUMN = "image"
@@ -20,10 +21,19 @@ PAIR, LABEL = ("jpg_0", "jpg_1"), "label_0"
 
 
 def check_files(paths: Sequence[str], column: str = COLUMN) -> None:
-    """Raises ValueError, naming it, for the first path that is no file."""
-    for path in paths:
+    """Raises ValueError for the first path that is no file or no picture, and for pictures of different sizes; only
+    their headers are read."""
+    seen: dict[tuple[int, int], str] = {}
+    for path in dict.fromkeys(paths):
         if not Path(str(path)).expanduser().is_file():
             raise ValueError(f"the column {column} names {path!r}, which is no file; wanted the path of a picture")
+        with _opened(str(path)) as image:
+            seen.setdefault(image.size, str(path))
+    if len(seen) > 1:
+        (one, first), (other, second) = list(seen.items())[:2]
+        raise ValueError(
+            f"{first} is {one[0]} x {one[1]} pixels and {second} {other[0]} x {other[1]}; wanted pictures of one size"
+        )
 
 
 def check_pairs(columns: Mapping[str, Sequence[Any]]) -> None:
@@ -58,9 +68,16 @@ def read_images(paths: Sequence[str]) -> Tensor:
 
 
 def _read(path: str) -> Tensor:
+    with _opened(path) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The picture, while it is read. Raises ValueError for what is none."""
     try:
         with Image.open(Path(path).expanduser()) as image:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    except (OSError, UnidentifiedImageError) as error:
+            yield image
+    except OSError as error:  # what PIL raises for a file that it does not know is one
         raise ValueError(f"{path} is not a picture that can be read ({error}); wanted a PNG or JPEG") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)

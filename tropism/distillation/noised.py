@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tropism.base import Distillable, Prompts, pick, take
+from tropism.base import Distillable, Prompts, bcast, pick, take
 from tropism.distillation.pairs import Pairs
 from tropism.policy import Policy
 from tropism.rollout import slices
@@ -18,8 +18,8 @@ Pictures = Callable[[Prompts, torch.Generator], Tensor]
 """pictures(prompts, generator) -> what the prompts show, (B, 3, H, W) in [0, 1] (points on a toy)."""
 Times = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 """times(rows, updates made so far, generator) -> t, s <= t, and a weight, (rows,) each."""
-Coupling = Callable[[Tensor, Tensor], Tensor]
-"""coupling(x0 (B, ...), eps (B, ...)) -> eps with its rows in another order."""
+Coupling = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""coupling(x0 (B, ...), eps (B, ...), which prompt (B,)) -> eps with its rows in another order."""
 
 
 @dataclass
@@ -44,25 +44,29 @@ class Noised:
 
     def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
         """One batch of pictures, shuffled; the teacher is not asked."""
-        x0 = self.model.latents(self.pictures(batch, self.generator))
+        shown = self.pictures(batch, self.generator)
+        x0 = torch.cat([self.model.latents(part) for part in shown.split(teacher.microbatch)])
         cond, null, rows = self.model.encode(batch.text), self.model.null(), torch.arange(len(batch.text))
+        place = {text: i for i, text in enumerate(batch.text)}
+        prompt = torch.tensor([place[text] for text in batch.text])
         for _ in range(self.passes):
             eps = teacher.noise(len(x0), self.generator)
-            eps = eps if self.coupling is None else self.coupling(x0, eps)
+            eps = eps if self.coupling is None else self.coupling(x0, eps, prompt)
             dropped = torch.rand(len(x0), generator=self.generator) < self.drop
-            shown = {name: value.clone() for name, value in cond.items()}
-            for name, value in shown.items():
+            told = {name: value.clone() for name, value in cond.items()}
+            for name, value in told.items():
                 value[dropped] = null[name].to(value)
             order = torch.randperm(len(rows), generator=self.generator)
             for parts in slices(order, self.updates, self.minibatch, teacher.processes):
                 t, s, weight = (each.to(x0.device) for each in self.times(len(rows), self.made, self.generator))
-                pairs = self._pairs(x0, eps, t, s, weight, shown)
+                pairs = self._pairs(x0, eps, t, s, weight, told)
                 yield (_rows(pairs, batch, i) for i in parts)
                 self.made += 1
 
     def _pairs(self, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, weight: Tensor, cond: dict[str, Tensor]) -> Pairs:
         schedule = self.model.denoiser.schedule
         far, near = add_noise(schedule, x0, eps, t), add_noise(schedule, x0, eps, s)
+        near = near.where(bcast(s > 0, near), x0)  # whatever level a table ends at
         return Pairs(far, t, near, s, s if self.near else torch.zeros_like(t), cond, weight, x0, eps)
 
 

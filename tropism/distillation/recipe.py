@@ -36,7 +36,8 @@ def carried(denoiser: Denoiser, x: Tensor, t: Tensor, end: Tensor, cond: Cond) -
 class Distillation:
     """``policy`` is the student as it is sampled, ``teacher`` what it is compared with (its own steps and guidance).
 
-    ``target`` is the average of the student that carries y; None is the student itself. ``terms`` are added.
+    ``target`` is the average of the student that carries y; None is the student itself. ``decay`` is that of the
+    average after so many updates of the source, where it changes. ``terms`` are added.
     """
 
     policy: Policy
@@ -47,6 +48,7 @@ class Distillation:
     target: Ema | None = None
     carry: Carry = carried
     terms: Sequence[Term] = ()
+    decay: Callable[[int], float] | None = None
 
     def state_dict(self) -> dict[str, int]:
         """How many updates the source has made, where it counts them."""
@@ -84,4 +86,6 @@ class Distillation:
     def after_step(self) -> None:
         """Moves the target."""
         if self.target is not None:
+            if self.decay is not None:
+                self.target.decay = self.decay(self.state_dict()["made"])
             self.target.update()

@@ -171,6 +171,16 @@ class Full:
         self._depth = 0
         self.parameters = list(self._net.parameters())
 
+    def unscale_norms(self) -> None:
+        """Layer norms scale by 1 from now on; the frozen copy keeps its scales. Raises ValueError without any."""
+        norms = [layer for layer in self._net.modules() if isinstance(layer, nn.LayerNorm) and layer.weight is not None]
+        if not norms:
+            raise ValueError("no layer norm of this network has a scale of its own; leave unscaled_norms out")
+        for norm in norms:
+            nn.init.ones_(norm.weight.requires_grad_(False))
+        fixed = {id(norm.weight) for norm in norms}
+        self.parameters = [parameter for parameter in self.parameters if id(parameter) not in fixed]
+
     @property
     def module(self) -> nn.Module:
         """The network, or inside ``reference`` the frozen copy."""

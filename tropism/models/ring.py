@@ -21,23 +21,30 @@ from tropism.models.toy import MixtureDenoiser, linear
 from tropism.schedules import EDM, NetSchedule, RectifiedFlow
 
 RADIUS, STD = 0.68, 0.05  # per-dimension standard deviation about 0.48
+OUTLIER = 12.0
 
 
 class RingNet(nn.Module):
-    """SiLU layers: x (B, 2), number (B,), cond["label"] (B,), and cond[END] (B,) if there is one -> (B, 2).
+    """SiLU layers: x (B, D), number (B,), cond["label"] (B,), and cond[END] (B,) if there is one -> (B, D).
 
     Times enter as sinusoids of at most ``fastest`` radians a unit: a consistency function must be smooth in time.
     ``scale`` is how many units the numbers of the schedule span.
     """
 
     def __init__(
-        self, labels: int, width: int, scale: float, generator: torch.Generator, fastest: float = 64.0
+        self,
+        labels: int,
+        width: int,
+        scale: float,
+        generator: torch.Generator,
+        fastest: float = 64.0,
+        dimensions: int = 2,
     ) -> None:
         super().__init__()
         self.scale = scale
         self.register_buffer("speeds", torch.logspace(0, math.log10(fastest), 8))
         self.labels = nn.Parameter(torch.randn(labels + 1, 16, generator=generator))  # the last is for none
-        sizes = (2 + 2 * 16 + 16, width, width, width, 2)
+        sizes = (dimensions + 2 * 16 + 16, width, width, width, dimensions)
         self.layers = nn.ModuleList(linear(a, b, generator) for a, b in itertools.pairwise(sizes))
 
     def _waves(self, number: Tensor) -> Tensor:
@@ -55,14 +62,15 @@ class RingNet(nn.Module):
 
 
 class Ring:
-    """``base.Distillable`` on points in the plane; prompts are "class 0" and so on, or "any".
+    """``base.Distillable`` on points (B, D), usually in the plane; prompts are "class 0" and so on, or "any".
 
-    ``modes`` Gaussians of standard deviation 0.05 stand on a circle of radius 0.68, dealt out to ``classes`` in turn.
+    ``modes`` Gaussians of standard deviation 0.05 stand on a circle of radius 0.68, dealt out to ``classes`` in turn;
+    in more ``dimensions`` they stand anywhere on the sphere on which a coordinate has the same standard deviation. Of
+    what ``pictures`` shows every coordinate is ``OUTLIER`` times as large with the chance ``outliers``; the mixture is
+    without.
     On ``EDM`` (variance preserving, so that chains start from unit noise) the student is preconditioned with the
     boundary f(x, 0.002) = x (2303.01469), on ``RectifiedFlow`` it says eps - x0.
     """
-
-    latent_shape = (2,)
 
     def __init__(
         self,
@@ -72,11 +80,13 @@ class Ring:
         width: int = 128,
         guidance_scale: float = 1.0,
         seed: int = 0,
+        dimensions: int = 2,
+        outliers: float = 0.0,
     ) -> None:
+        self.latent_shape, self.outliers = (dimensions,), outliers
         self.schedule: NetSchedule = EDM(variance_preserving=True) if schedule is None else schedule
         self.classes, self.guidance_scale, self.steps = classes, guidance_scale, 18
-        angles = torch.arange(modes) * (2 * math.pi / modes)
-        means = RADIUS * torch.stack([angles.cos(), angles.sin()], dim=1)
+        means = _means(modes, dimensions)
         owner = torch.arange(modes) % classes
         table = torch.stack([(owner == each).float() for each in range(classes)])
         self.exact = MixtureDenoiser(
@@ -84,7 +94,7 @@ class Ring:
         )
         flow = isinstance(self.schedule, RectifiedFlow)
         generator = torch.Generator().manual_seed(seed)
-        self.net = RingNet(classes, width, 1000.0 if flow else 1.0, generator)
+        self.net = RingNet(classes, width, 1000.0 if flow else 1.0, generator, dimensions=dimensions)
         inner = (
             NetDenoiser(self.net, self.schedule, "flow")
             if flow
@@ -119,11 +129,11 @@ class Ring:
         return torch.zeros(len(prompts), 0, dtype=torch.int64)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The points themselves, (B, 2)."""
+        """The points themselves, (B, D)."""
         return latents
 
     def latents(self, images: Tensor) -> Tensor:
-        """The points themselves, (B, 2)."""
+        """The points themselves, (B, D)."""
         return images
 
     def grid(self, steps: int) -> Tensor:
@@ -154,14 +164,27 @@ class Ring:
         return view
 
     def sample(self, prompts: Sequence[str], generator: torch.Generator | None = None) -> Tensor:
-        """Exact draws from the data, (B, 2)."""
+        """Exact draws from the mixture, (B, D)."""
         chances = self.exact.log_weights(len(prompts), self.encode(prompts)).exp()
         modes = torch.multinomial(chances, 1, generator=generator).flatten()
-        return self.exact.means[modes] + STD * torch.randn(len(prompts), 2, generator=generator)
+        return self.exact.means[modes] + STD * torch.randn(len(prompts), *self.latent_shape, generator=generator)
 
     def pictures(self, prompts: Prompts, generator: torch.Generator) -> Tensor:
-        """``sample``, as ``distillation.Noised`` asks for it."""
-        return self.sample(list(prompts.text), generator)
+        """``sample`` with its outliers, as ``distillation.Noised`` asks for it."""
+        points = self.sample(list(prompts.text), generator)
+        if not self.outliers:
+            return points
+        far = torch.rand(points.shape, generator=generator) < self.outliers
+        return torch.where(far, OUTLIER * points, points)
+
+
+def _means(modes: int, dimensions: int) -> Tensor:
+    """(modes, dimensions) on a circle of radius RADIUS, or on a larger sphere."""
+    if dimensions == 2:
+        angles = torch.arange(modes) * (2 * math.pi / modes)
+        return RADIUS * torch.stack([angles.cos(), angles.sin()], dim=1)
+    places = torch.randn(modes, dimensions, generator=torch.Generator().manual_seed(0))
+    return nn.functional.normalize(places, dim=1).mul(RADIUS * math.sqrt(dimensions / 2))
 
 
 class _Either:

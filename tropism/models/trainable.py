@@ -239,6 +239,16 @@ class Trainable(ABC):
         kind = Full if hasattr(self._net, "save_pretrained") else PlainFull
         self._train(kind(self.pipe, self.part))
 
+    def unscale_norms(self) -> None:
+        """Sets the learnt scales of layer norms to 1, and trains them no more (2502.01441, non-scaling LayerNorm).
+
+        The layers keep their scales of 1, so that what is saved loads as ever. Raises ValueError unless the whole
+        network is trained, and for one without such scales.
+        """
+        if not isinstance(self._trained, Full):
+            raise ValueError("layer norms can lose their scales in full training only; give full, or leave them")
+        self._trained.unscale_norms()
+
     def _lora_kind(self) -> type[Lora]:
         """In the format of diffusers where the pipeline has one, else in that of PEFT."""
         return Lora if hasattr(self.pipe, "save_lora_weights") else PlainLora
