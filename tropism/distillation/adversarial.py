@@ -70,9 +70,7 @@ class Adversarial:
     def __call__(self, recipe: Distillation, pairs: Pairs, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds to the discriminator's gradient, and returns the student's loss, which leaves it alone."""
         assert pairs.x0 is not None
-        real, fake = (
-            self.discriminator(x.to(self.dtype), pairs.cond) for x in (pairs.x0, said.detach())
-        )
+        real, fake = (self.discriminator(x.to(self.dtype), pairs.cond) for x in (pairs.x0, said.detach()))
         apart = (1 - real).relu() + (1 + fake).relu()
         apart.sum().backward()
         self.rows += len(said)

@@ -19,8 +19,8 @@ from tropism.samplers import Jump
 Term = Callable[["Distillation", Pairs, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """term(recipe, pairs, what the student said (N, ...)) -> (a sum to be added to the loss (), metrics).
 
-It may also have ``after_step(recipe)``, called after each update, and ``state_dict`` and ``load_state_dict`` of tensors,
-which checkpoints keep."""
+It may also have ``after_step(recipe)``, called after each update, and ``state_dict`` and ``load_state_dict`` of
+tensors, which checkpoints keep."""
 View = Callable[[Tensor, Tensor, Cond], Tensor]
 """view(states (N, ...), their times (N,), cond) -> (N, ...) what is compared of them; a gradient flows through it."""
 Carry = Callable[[Denoiser, Tensor, Tensor, Tensor, Cond], Tensor]

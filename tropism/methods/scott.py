@@ -1,7 +1,7 @@
 """SCott: Stochastic Consistency Distillation (Liu et al. 2024, 2403.01505).
 
-LCM whose teacher takes noisy steps: the two states of a pair are ``substeps`` moves of a DDIM with ``eta`` apart, and an
-adversarial term may make what the student says look like the teacher's own samples.
+LCM whose teacher takes noisy steps: the two states of a pair are ``substeps`` moves of a DDIM with ``eta`` apart, and
+an adversarial term may make what the student says look like the teacher's own samples.
 
 With a squared distance the noise has a price. The student at a state must equal the mean of what it says at the noisy
 states that may follow, so that at eta = 1 it can only say E[x0 | x_t], a blur. An eta above 0.3 is therefore refused
