@@ -53,12 +53,11 @@ class Variant:
 VARIANTS = {
     "CD": Variant(lcm.Settings),
     "CTM": Variant(ctm.Settings, gammas=(0.0, 1.0)),
-    "CTM, denoiser not matched": Variant(ctm.Settings, dict(denoiser_weight=0.0), gammas=(0.0, 1.0)),
-    "CD, skip 3": Variant(lcm.Settings, dict(skip=3)),
     "SCott, eta 0.1, h 1": Variant(scott.Settings, dict(eta=0.1, substeps=1)),
     "SCott, eta 0.1, h 3": Variant(scott.Settings, dict(eta=0.1, substeps=3)),
-    "SCott, eta 0.3, h 3": Variant(scott.Settings, dict(eta=0.3, substeps=3)),
+    "CD, skip 3": Variant(lcm.Settings, dict(skip=3)),
     "SCott, eta 0.5, h 3, adversarial": Variant(scott.Settings, dict(eta=0.5, substeps=3, adversarial_weight=0.4)),
+    "CTM, denoiser not learnt": Variant(ctm.Settings, dict(denoiser_weight=0.0), gammas=(0.0, 1.0)),
 }
 
 

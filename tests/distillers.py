@@ -69,11 +69,11 @@ DISTILLED = [
     _row("mlcm", mlcm.Settings(**SIZES), "eps", 40, (4, 0.05)),  # 0.036
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
     _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025
+    _row("mlcm_direct", mlcm.Settings(**SIZES, direct=True), "eps", 40, (4, 0.032)),  # 0.023
     _row("ctm", ctm.Settings(**SIZES), "eps", 40, (1, 0.4), (4, 0.05)),
     _row("ctm_flow", ctm.Settings(**SIZES, solver="first-order"), "flow", 40, (1, 0.08), (4, 0.017)),
     _row("scott", scott.Settings(**SIZES), "eps", 40, (1, 0.4), (2, 0.12)),
     _row("scott_adversarial", scott.Settings(**SIZES, eta=0.5, adversarial_weight=0.4), "eps", 40, (1, 0.4), (2, 0.12)),
-    _row("mlcm_direct", mlcm.Settings(**SIZES, direct=True), "eps", 40, (4, 0.032)),  # 0.023
     _row("rg_lcd", rg_lcd.Settings(**SIZES, reward_weight=0.3, proxy_rounds=3), "eps", 20, (1, 0.6), floor=-0.36),
     _row(
         "rg_lcd_direct", rg_lcd.Settings(**SIZES, reward_weight=0.3, variant="direct"), "eps", 20, (1, 0.6), floor=-0.36

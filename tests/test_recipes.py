@@ -33,7 +33,7 @@ def test_a_recipe_can_begin(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # Their network is told two times, which that of no model of the package is; their pages have one of one's own.
-OWN_NETWORK = {"mean-flow", "shortcut"}
+OWN_NETWORK = {"ctm", "mean-flow", "shortcut"}
 
 
 def test_every_method_has_a_recipe() -> None:
