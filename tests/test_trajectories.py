@@ -1,4 +1,4 @@
-"""CTM and SCott where the answer is known: jumps, their noise, second order, the twin, the balance, the blur."""
+"""CTM and SCott where the answer is known: jumps, their noise, second order, the twin, the blur, the adversary."""
 
 import copy
 import dataclasses
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from tropism.base import Prediction
 from tropism.checkpoint import load_checkpoint, save_checkpoint
+from tropism.data.prompts import PromptSet, batches
 from tropism.denoisers import END, FlowMap
 from tropism.distillation import carried
 from tropism.distillation.adversarial import Adversarial
 from tropism.distillation.pairs import anywhere
 from tropism.ema import Ema, Twin
 from tropism.methods import ctm, scott
+from tropism.models.own import OwnModel
 from tropism.models.ring import Ring
 from tropism.models.toy import GaussianDenoiser, MixtureDenoiser
 from tropism.samplers import DDIM, Consistency, Heun, Jump, walk
 from tropism.schedules import EDM, Cosine, RectifiedFlow, scaled_level
+from tropism.train import train
 
 SCHEDULES = [EDM(), EDM(variance_preserving=True), RectifiedFlow(), Cosine()]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
@@ -228,6 +231,54 @@ def test_the_adversary_and_the_student_learn_apart():
     with torch.no_grad():
         real, fake = (adversary.discriminator(x, pairs.cond) for x in (pairs.x0, said))
     assert float((1 - real).relu().sum() + (1 + fake).relu().sum()) / len(said) < float(metrics["discriminator_loss"])
+
+
+class Told(torch.nn.Module):
+    """A network that is told two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(14, 32), torch.nn.Linear(32, 12)
+
+    def forward(self, x, tau, length, end_time=None):
+        times = torch.stack([tau, tau if end_time is None else end_time], dim=1)
+        hidden = torch.tanh(self.first(torch.cat([x.flatten(1), times.to(x)], dim=1)))
+        return self.last(hidden + length).view_as(x)
+
+
+def own(takes_end: bool = True) -> OwnModel:
+    def encode(prompts):
+        return {"length": torch.tensor([[len(prompt) / 10] for prompt in prompts])}
+
+    return OwnModel(Told(), encode, lambda x: x * 0.5 + 0.5, (3, 2, 2), takes_end=takes_end)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_network_of_ones_own_is_distilled_and_its_twin_follows(kind):
+    """Both change, the twin half as far after one update of decay 0.5; nothing else of the network does."""
+    model = own()
+    model.add_lora(4) if kind == "lora" else model.train_full()
+    settings = ctm.Settings(
+        prompts_per_step=4, images_per_prompt=2, student_steps=2, inference_steps=6, updates=1, target_decay=0.5
+    )
+    settings.check()
+    method = settings.build(model, Off(), torch.Generator().manual_seed(0))
+    twin = method.target.model
+    assert {id(each) for each in twin.parameters()}.isdisjoint({id(each) for each in model.parameters()})
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    work = batches(PromptSet(["a", "bb", "ccc", "dddd"]), 4, 2, 0)
+    train(method, work, torch.optim.SGD(model.parameters(), lr=0.1), steps=1)
+    moved = [now.detach() - was for now, was in zip(model.parameters(), before, strict=True)]
+    assert any(each.abs().max() > 0 for each in moved)
+    for now, was, by in zip(twin.parameters(), before, moved, strict=True):
+        torch.testing.assert_close(now, was + by / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_a_network_that_is_told_one_time_is_refused():
+    model = own(takes_end=False)
+    model.train_full()
+    with pytest.raises(ValueError, match="the network of this model is told one time"):
+        ctm.Settings().build(model, Off(), torch.Generator())
 
 
 class Saved:
