@@ -13,12 +13,12 @@ from nets import TABLE, randn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tropism.base import Prediction
+from tropism.base import Prediction, take
 from tropism.checkpoint import load_checkpoint, save_checkpoint
 from tropism.data.prompts import PromptSet, batches
 from tropism.denoisers import END, FlowMap
 from tropism.distillation import carried
-from tropism.distillation.adversarial import Adversarial
+from tropism.distillation.adversarial import Adversarial, Discriminator
 from tropism.distillation.pairs import anywhere
 from tropism.ema import Ema, Twin
 from tropism.methods import ctm, scott
@@ -231,6 +231,18 @@ def test_the_adversary_and_the_student_learn_apart():
     with torch.no_grad():
         real, fake = (adversary.discriminator(x, pairs.cond) for x in (pairs.x0, said))
     assert float((1 - real).relu().sum() + (1 + fake).relu().sum()) / len(said) < float(metrics["discriminator_loss"])
+
+
+def test_a_discriminator_reads_maps_and_prompts():
+    """Every row by itself, and differently for another prompt; labels are left out."""
+    cond = {"prompt_embeds": randn(5, 7, 6), "pooled": randn(5, 3, seed=1), "label": torch.arange(5)}
+    net = Discriminator((4, 8, 8), cond, 16, torch.Generator().manual_seed(0))
+    maps = randn(5, 4, 8, 8, seed=2)
+    said = net(maps, cond)
+    assert said.shape == (5,) and net.told.in_features == 9
+    torch.testing.assert_close(net(maps[2:3], take(cond, torch.tensor([2]))), said[2:3], rtol=1e-5, atol=1e-6)
+    other = net(maps, cond | {"prompt_embeds": cond["prompt_embeds"] + torch.tensor([0, 0, 1, 0, 0])[:, None, None]})
+    assert ((other - said).abs() > 1e-4).tolist() == [False, False, True, False, False]
 
 
 class Told(torch.nn.Module):

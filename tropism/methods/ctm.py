@@ -7,13 +7,14 @@ G(x, t, s) the jump and - for an average that is not trained,
 
     d(G-(G(x, t, s), s, 0), G-(sg G(y, u, s), s, 0)) + weight |g(x, t, t) - D(x, t)|^2 (1 / 0.5^2 + 1 / level^2)
 
-with g the clean half of what is believed, D the teacher's, and level = sigma / alpha. Samples are deterministic jumps;
-``samplers.Jump(gamma)`` puts noise between them.
+and the second term at y too, with g the clean half of what is believed, D the teacher's, and level = sigma / alpha.
+Samples are deterministic jumps; ``samplers.Jump(gamma)`` puts noise between them.
 
 Departures from sony/ctm (distillation without its adversarial stage):
 - states come from the teacher's own chains, so that no data are needed, and every pair has its own number of moves;
-- g learns what the teacher believes at the states of the chains; theirs learns data from fresh noise (denoising score
-  matching), whose minimum is the same for a teacher that is exact and unguided;
+- g learns what the teacher believes at both states of a pair (x alone is mostly noise, as large h need room below);
+  theirs learns data from fresh noise (denoising score matching), whose minimum is the same for a teacher that is exact
+  and unguided;
 - that error has a fixed weight. Theirs makes both gradients equally long, which relies on the noise of score matching:
   here the error itself falls to nothing and the ratio would grow without end;
 - huber, or another of the house's distances, where they take LPIPS on pixels.
@@ -28,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Distillable, Reward, bcast
+from tropism.base import Cond, Distillable, Reward, bcast, concat, take
 from tropism.distillation import Distillation, carried
 from tropism.distillation.pairs import Pairs, anywhere
 from tropism.ema import Twin
@@ -49,19 +50,21 @@ class CTM(Distillation):
 
 @dataclass(frozen=True)
 class Staying:
-    """A ``Term``: a student that is told to stay believes what the teacher believes."""
+    """A ``Term``: a student that is told to stay believes what the teacher believes, at both states of a pair."""
 
     weight: float
 
     def __call__(self, recipe: Distillation, pairs: Pairs, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and the mean error."""
+        """The weighted sum over the rows' states that are not clean, and the mean error."""
+        noisy, denoiser = pairs.s > 0, recipe.policy.model.denoiser
+        x, t = torch.cat([pairs.x, pairs.y[noisy]]), torch.cat([pairs.t, pairs.s[noisy]])
+        cond, weight = concat(pairs.cond, take(pairs.cond, noisy)), torch.cat([pairs.weight, pairs.weight[noisy]])
         with torch.no_grad():
-            wanted = recipe.teacher.denoiser(pairs.x, pairs.t, pairs.cond).x0
-        denoiser = recipe.policy.model.denoiser
-        inverse = (denoiser.schedule.alpha(pairs.t) / denoiser.schedule.sigma(pairs.t)).clamp(max=1 / FLOOR)
-        apart = (denoiser(pairs.x, pairs.t, pairs.cond).x0 - wanted).flatten(1).square().mean(1)
+            wanted = recipe.teacher.denoiser(x, t, cond).x0
+        inverse = (denoiser.schedule.alpha(t) / denoiser.schedule.sigma(t)).clamp(max=1 / FLOOR)
+        apart = (denoiser(x, t, cond).x0 - wanted).flatten(1).square().mean(1)
         error = apart * (SIGMA_DATA**-2 + inverse**2)
-        return self.weight * (pairs.weight * error).sum(), {"denoiser_error": error.detach().mean()}
+        return self.weight * (weight * error).sum(), {"denoiser_error": error.detach().mean()}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Settings(DistillationSettings):
     """Moves of the teacher between the two states of a pair, at most, drawn in proportion; 0: inference_steps - 1."""
     target_decay: float = 0.999
     """Of the average of the student that brings both states to the end of time."""
-    denoiser_weight: float = 0.1
+    denoiser_weight: float = 1.0
     """Of the error of the student's own denoiser, which it is when it is told to stay; 0: not learnt."""
     solver: Literal["heun", "first-order"] = "heun"
     """Of the teacher; heun asks it twice a move."""
