@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
 from tropism.data.prompts import PromptSet
-from tropism.methods import ct, ect, ict, lcm, mean_flow, mlcm, rg_lcd, shortcut, slct
+from tropism.methods import ct, ctm, ect, ict, lcm, mean_flow, mlcm, rg_lcd, scott, shortcut, slct
 from tropism.methods.training import ConsistencyTrainingSettings
 from tropism.models.toy import MODES, PROMPTS, SPREAD
 from tropism.policy import Policy
@@ -58,6 +58,7 @@ ONE: dict[str, Any] = SIZES | dict(updates=1, passes=10)
 SHORT: dict[str, Any] = dict(target_decay=0.9, longest=4, student_steps=2, bootstrap=0.5)
 DATA: dict[str, Any] = dict(prompts_per_step=8, images_per_prompt=16, updates=1, passes=10, total_updates=300)
 FEW = dict(first_pairs=5, last_pairs=20)
+ADVERSARY: dict[str, Any] = dict(eta=0.5, adversarial_weight=0.4)
 
 # Beside each row: the worst of three seeds (0 to 2; the test runs seed 0). The teacher itself is at 0.824, 0.156 and
 # 0.044 in 2, 4 and 8 moves (eps) and at 0.210, 0.051 and 0.021 (flow).
@@ -70,6 +71,10 @@ DISTILLED = [
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
     _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025
     _row("mlcm_direct", mlcm.Settings(**SIZES, direct=True), "eps", 40, (4, 0.032)),  # 0.023
+    _row("ctm", ctm.Settings(**SIZES), "eps", 40, (1, 1.3), (8, 0.062)),  # 1.070, 0.046
+    _row("ctm_flow", ctm.Settings(**SIZES, solver="first-order"), "flow", 40, (1, 0.045), (8, 0.035)),  # 0.033, 0.027
+    _row("scott", scott.Settings(**SIZES), "eps", 40, (1, 0.35), (2, 0.12)),  # 0.251, 0.085
+    _row("scott_adversarial", scott.Settings(**SIZES, **ADVERSARY), "eps", 40, (1, 0.43), (2, 0.12)),  # 0.310, 0.079
     _row("rg_lcd", rg_lcd.Settings(**SIZES, reward_weight=0.3, proxy_rounds=3), "eps", 20, (1, 0.6), floor=-0.36),
     _row(
         "rg_lcd_direct", rg_lcd.Settings(**SIZES, reward_weight=0.3, variant="direct"), "eps", 20, (1, 0.6), floor=-0.36

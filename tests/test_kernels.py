@@ -9,7 +9,7 @@ from nets import FLOW, TABLE, flow_rows, randn, wavy
 
 from tropism.base import Kernel, Prediction
 from tropism.denoisers import NetDenoiser
-from tropism.samplers import DDIM, Consistency, ConstantSDE, EulerODE, FlowSDE, noise_until, walk, widen
+from tropism.samplers import DDIM, Consistency, ConstantSDE, EulerODE, FlowSDE, Heun, Jump, noise_until, walk, widen
 from tropism.schedules import RectifiedFlow, flow_grid, table_grid
 from tropism.transitions import Categorical
 
@@ -20,6 +20,9 @@ KERNELS = [
     FlowSDE(),
     ConstantSDE(),
     Consistency(),
+    Heun(),
+    Jump(),
+    Jump(0.5),
     widen(DDIM(1.0), 1.3),
     noise_until(FlowSDE(), 0.5),
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_run import OWN_NETWORK
 
 from tropism import catalog
 from tropism.cli import _train_settings
@@ -30,10 +31,6 @@ def test_a_recipe_can_begin(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     plan = make_plan(*found)
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert plan.settings.steps == given["steps"]
-
-
-# Their network is told two times, which that of no model of the package is; their pages have one of one's own.
-OWN_NETWORK = {"mean-flow", "shortcut"}
 
 
 def test_every_method_has_a_recipe() -> None:

@@ -2,9 +2,9 @@
 
 A checkpoint is a folder with the adapter (as ``save_adapter`` writes it, so it can be drawn with),
 ``state.safetensors`` (the optimizer's tensors as ``optimizer/<parameter>/<name>``, ``generator``, ``ema/<name>``,
-``target/<name>``, ``proxy/<name>``) and
-``state.json`` (the step, the optimizer's settings, what the method remembers, and what the run says of itself). With
-an average of the weights its ``adapter`` folder has them averaged, as they were evaluated.
+``target/<name>``, ``proxy/<name>``, ``term<number>/<name>``) and ``state.json`` (the step, the optimizer's settings,
+what the method remembers, and what the run says of itself). With an average of the weights its ``adapter`` folder has
+them averaged, as they were evaluated.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {folder} is not whole ({error}); go on from another") from error
     generator, parts = _generator(method), tensor_holders(method)
-    wanted = {"generator": generator is not None, "ema/updates": ema is not None}
-    wanted |= {f"{part}/updates": part in parts for part in PARTS}
-    for name, needed in wanted.items():
-        if needed != (name in tensors):
-            raise ValueError(
-                f"the checkpoint {folder} has {'no' if needed else 'a'} {name}; it is of another kind of run"
-            )
+    wanted = {"generator"} if generator is not None else set()
+    wanted |= {"ema"} if ema is not None else set()
+    wanted |= set(parts)
+    for name in sorted(wanted ^ ({name.split("/")[0] for name in tensors} - {"optimizer"})):
+        raise ValueError(
+            f"the checkpoint {folder} has {'no' if name in wanted else 'a'} {name}; it is of another kind of run"
+        )
     holders = method_holders(method)
     if set(holders) != set(remembered):
         raise ValueError(f"the checkpoint {folder} remembers {sorted(remembered)}; wanted {sorted(holders)}")
@@ -159,9 +159,10 @@ def method_holders(method: Any) -> dict[str, Any]:
 
 
 def tensor_holders(method: Any) -> dict[str, Any]:
-    """What a method remembers as tensors: the average of the student that a distillation compares it with, and the
-    proxy that stands for its reward; each counts its ``updates``."""
+    """What a method remembers as tensors: the average of the student that a distillation compares it with, the proxy
+    that stands for its reward, and terms that learn."""
     holders = {name: getattr(method, name, None) for name in PARTS}
+    holders |= {f"term{place}": term for place, term in enumerate(getattr(method, "terms", ()))}
     return {name: holder for name, holder in holders.items() if hasattr(holder, "load_state_dict")}
 
 

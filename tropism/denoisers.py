@@ -193,9 +193,14 @@ class FlowMap:
         return self.inner(x, t, cond if END in cond else towards(self, cond, t))
 
 
+def is_flow_map(denoiser: Denoiser | None) -> bool:
+    """Whether it jumps where it is told, also inside denoisers around it."""
+    return denoiser is not None and (isinstance(denoiser, FlowMap) or is_flow_map(getattr(denoiser, "inner", None)))
+
+
 def towards(denoiser: Denoiser, cond: Cond, end: Tensor) -> Cond:
     """cond (B rows) that tells a flow map the time ``end`` (B,); for any other denoiser cond as it is."""
-    return {**cond, END: net_time(denoiser.schedule, end)} if isinstance(denoiser, FlowMap) else cond
+    return {**cond, END: net_time(denoiser.schedule, end)} if is_flow_map(denoiser) else cond
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +76,26 @@ class Ema:
         self.updates = int(state["updates"])
         for index, shadow in enumerate(self._shadow):
             shadow.copy_(state[f"shadow.{index}"])
+
+
+class Parametrised(Protocol):
+    """Something with trainable parameters."""
+
+    def parameters(self) -> list[nn.Parameter]: ...
+
+
+M = TypeVar("M", bound=Parametrised)
+
+
+class Twin(Ema, Generic[M]):
+    """An average that is a model of its own, so that gradients can flow through it to its inputs.
+
+    ``model`` is a deep copy whose trainable parameters hold the average, in their own format, and are frozen. It costs
+    the memory of a second model.
+    """
+
+    def __init__(self, model: M, decay: float) -> None:
+        super().__init__(model.parameters(), decay)
+        self.model = copy.deepcopy(model)
+        own = self.model.parameters()
+        self._shadow = [parameter.requires_grad_(False).data for parameter in own]  # written in place

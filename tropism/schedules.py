@@ -50,6 +50,22 @@ def add_noise(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tenso
     return bcast(schedule.alpha(t), x0) * x0 + bcast(schedule.sigma(t), x0) * noise
 
 
+def scaled_level(schedule: Schedule, t: Tensor, factor: float) -> Tensor:
+    """The time (B,) whose level sigma / alpha is ``factor``, in [0, 1], times that of t (B,); t in [0, 1].
+
+    Found by halving, 40 times, from what the schedule says; on a table the nearest time below.
+    """
+    if factor in (0, 1):
+        return t * factor
+    low, high = torch.zeros_like(t), t
+    alpha, sigma = schedule.alpha(t), factor * schedule.sigma(t)
+    for _ in range(40):
+        middle = (low + high) / 2
+        below = schedule.sigma(middle) * alpha <= sigma * schedule.alpha(middle)
+        low, high = middle.where(below, low), high.where(below, middle)
+    return low
+
+
 def _checked(t: Tensor) -> Tensor:
     """t itself, when every entry is a time."""
     if not bool(((t >= 0) & (t <= 1)).all()):

@@ -134,3 +134,22 @@ def straight(segments: int, asked: int, share: float = 0.0) -> Places:
         return first, end, end
 
     return places
+
+
+def anywhere(most: int) -> Places:
+    """Two states up to ``most`` moves apart, h of them with a chance in proportion to h, both carried to a state drawn
+    from the nearer one to the clean end (2310.02279, in the released code's weighting)."""
+
+    def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        chances = torch.arange(1.0, min(most, moves) + 1)
+        apart = 1 + torch.multinomial(chances, rows, replacement=True, generator=generator)
+        first = _up_to(moves - apart, generator)
+        return first, first + apart, first + apart + _up_to(moves - first - apart, generator)
+
+    return places
+
+
+def _up_to(last: Tensor, generator: torch.Generator) -> Tensor:
+    """A draw from 0 to ``last`` (N,), both included."""
+    drawn = torch.rand(len(last), generator=generator, dtype=torch.float64)
+    return (drawn * (last + 1)).long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,9 +17,19 @@ from tropism.policy import Policy
 from tropism.samplers import Jump
 
 Term = Callable[["Distillation", Pairs, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""term(recipe, pairs, what the student said (N, ...)) -> (a sum to be added to the loss (), metrics)."""
+"""term(recipe, pairs, what the student said (N, ...)) -> (a sum to be added to the loss (), metrics).
+
+It may also have ``after_step(recipe)``, called after each update, and ``state_dict`` and ``load_state_dict`` of
+tensors, which checkpoints keep."""
+View = Callable[[Tensor, Tensor, Cond], Tensor]
+"""view(states (N, ...), their times (N,), cond) -> (N, ...) what is compared of them; a gradient flows through it."""
 Carry = Callable[[Denoiser, Tensor, Tensor, Tensor, Cond], Tensor]
 """carry(denoiser, x (N, ...), t (N,), end (N,), cond) -> (N, ...) the state at ``end``."""
+
+
+def as_is(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The states themselves."""
+    return x
 
 
 def carried(denoiser: Denoiser, x: Tensor, t: Tensor, end: Tensor, cond: Cond) -> Tensor:
@@ -37,7 +47,8 @@ class Distillation:
     """``policy`` is the student as it is sampled, ``teacher`` what it is compared with (its own steps and guidance).
 
     ``target`` is the average of the student that carries y; None is the student itself. ``decay`` is that of the
-    average after so many updates of the source, where it changes. ``terms`` are added.
+    average after so many updates of the source, where it changes. States are compared as ``view`` shows them. ``terms``
+    are added.
     """
 
     policy: Policy
@@ -47,6 +58,7 @@ class Distillation:
     distance: Distance = field(default_factory=Huber)
     target: Ema | None = None
     carry: Carry = carried
+    view: View = as_is
     terms: Sequence[Term] = ()
     decay: Callable[[int], float] | None = None
 
@@ -67,7 +79,7 @@ class Distillation:
         """The weighted distance between where x and y are carried, and the terms."""
         wanted = self.wanted(pairs)  # first: it borrows the parameters that the graph below needs
         said = self.carry(self.policy.model.denoiser, pairs.x, pairs.t, pairs.end, pairs.cond)
-        apart = self.distance(said, wanted)
+        apart = self.distance(self.view(said, pairs.end, pairs.cond), wanted)
         total, count = (pairs.weight * apart).sum(), torch.tensor(float(len(apart)))
         metrics = {"distance": apart.detach().mean()}
         for term in self.terms:
@@ -78,14 +90,21 @@ class Distillation:
 
     @torch.no_grad()
     def wanted(self, pairs: Pairs) -> Tensor:
-        """(N, ...) where the target carries y; y itself where it has arrived."""
-        with nullcontext() if self.target is None else self.target.swapped():
+        """(N, ...) the view of where the target carries y; of y itself where it has arrived."""
+        with self.judging():
             there = self.carry(self.policy.model.denoiser, pairs.y, pairs.s, pairs.end, pairs.cond)
-        return there.where(bcast(pairs.s > pairs.end, there), pairs.y)
+        return self.view(there.where(bcast(pairs.s > pairs.end, there), pairs.y), pairs.end, pairs.cond)
+
+    def judging(self) -> AbstractContextManager[None]:
+        """Inside, the parameters are those that carry y."""
+        return nullcontext() if self.target is None else self.target.swapped()
 
     def after_step(self) -> None:
-        """Moves the target."""
+        """Moves the target, and what the terms move."""
         if self.target is not None:
             if self.decay is not None:
                 self.target.decay = self.decay(self.state_dict()["made"])
             self.target.update()
+        for term in self.terms:
+            if hasattr(term, "after_step"):
+                term.after_step(self)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast, concat
+from tropism.denoisers import END
 
 Scale = Callable[[Tensor, Cond], Tensor]
 """scale(t (B,), cond) -> w (B,). It sees every entry of cond."""
@@ -87,6 +88,7 @@ class Guided:
             return self.inner(x, t, rows)
         w = self.scale(t, cond) if callable(self.scale) else torch.full_like(t, self.scale)
         null = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in network_cond(self.null).items()}
+        null |= {END: rows[END]} if END in rows else {}  # where to jump is the same with and without the prompt
         both = self.inner(torch.cat([x, x]), torch.cat([t, t]), concat(rows, null))
         return Prediction(self._combined(both.x0, w), self._combined(both.eps, w))
 

@@ -4,6 +4,7 @@ from tropism.samplers.chain import Move, walk
 from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
+from tropism.samplers.heun import Heun
 from tropism.samplers.jump import Jump
 from tropism.samplers.solver import solver, stochastic_solver
 from tropism.samplers.until import noise_until
@@ -15,6 +16,7 @@ __all__ = [
     "ConstantSDE",
     "EulerODE",
     "FlowSDE",
+    "Heun",
     "Jump",
     "Move",
     "noise_until",
