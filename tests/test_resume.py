@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_run import OWN_NETWORK, said, small_place, train_words
+from small_run import FLOW, HOPS, OWN_NETWORK, said, small_place, train_words
 
 from tropism import catalog
 from tropism.resume import with_its_config
 from tropism.sums import seal
 
-FLOW, HOPS = {"flow-grpo"}, {"lasro", "pso", "rlcm"}  # what other models are for
 DISTIL = {"student_steps": "2", "inference_steps": "4", "lr_schedule": "constant"}  # which does not ask how long
 METHODS = sorted(set(catalog.method_names()) - OWN_NETWORK)
 STOPPING = """
