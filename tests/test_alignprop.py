@@ -40,8 +40,9 @@ def draws_of(method, prompts):
 
 
 def gradient(model) -> Tensor:
-    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    for parameter in model.parameters():
+    used = [parameter for parameter in model.parameters() if parameter.grad is not None]  # all but those for cond[END]
+    found = torch.cat([parameter.grad.flatten() for parameter in used])
+    for parameter in used:
         parameter.grad = None
     return found
 

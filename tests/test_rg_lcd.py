@@ -72,7 +72,7 @@ def test_missing_scores_carry_no_gradient() -> None:
         model = toy()
         method = settings.build(model, reward, torch.Generator().manual_seed(0))
         method.loss(first(method)).total.backward()
-        grads.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*grads)
 
 
