@@ -79,8 +79,8 @@ DISTILLED = [
     _row(
         "rg_lcd_direct", rg_lcd.Settings(**SIZES, reward_weight=0.3, variant="direct"), "eps", 20, (1, 0.6), floor=-0.36
     ),
-    _row("mean_flow", mean_flow.Settings(**ONE), "flow", 40, (4, 0.12), (8, 0.09)),  # 0.093, 0.070; in one jump 1.18
-    _row("shortcut", shortcut.Settings(**ONE | SHORT), "flow", 40, (2, 0.19), (4, 0.15)),  # 0.145, 0.111
+    _row("mean_flow", mean_flow.Settings(**ONE), "flow", 40, (4, 0.13), (8, 0.1)),  # 0.096, 0.071; in one jump 1.01
+    _row("shortcut", shortcut.Settings(**ONE | SHORT), "flow", 40, (1, 0.15), (2, 0.15)),  # 0.108, 0.105
     _row("ct", ct.Settings(**DATA), "eps", 30, (1, 1.3), (2, 0.21)),  # 1.048, 0.172
     _row("ict", ict.Settings(**DATA, **FEW), "eps", 30, (1, 1.0), (2, 0.22)),  # 0.700, 0.178
     _row("ict_flow", ict.Settings(**DATA, **FEW), "flow", 30, (1, 0.15), (2, 0.12)),  # 0.111, 0.086

@@ -48,7 +48,7 @@ def states(rows: int = 64, dtype: torch.dtype = torch.float64) -> tuple[Tensor, 
 
 
 def test_the_identity_of_mean_flows_is_exact() -> None:
-    """float64: 3e-15 measured; and a wrong u is no fixed point."""
+    """In float64; and a wrong u is no fixed point."""
     x, t, r = states()
     v, u = instant(x, t), exact(x, t, r)
     assert float((mean_velocity(exact, x, t, r, v) - u).abs().max()) < 1e-13
