@@ -245,10 +245,11 @@ def reference_update(model: ToyTextToImage, rollout, epochs: int, lr: float, cli
                 kl = torch.distributions.kl_divergence(now, acting[i, k]).mean()
                 total = total - worst + kl_weight * kl
         loss = total / (images * (moves - 1))
-        gradients = torch.autograd.grad(loss, model.parameters())
+        used = list(model.net.layers.parameters())  # all but those for cond[END], which nobody tells
+        gradients = torch.autograd.grad(loss, used)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         with torch.no_grad():
-            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            for parameter, gradient in zip(used, gradients, strict=True):
                 parameter -= lr * gradient * min(1.0, 1.0 / float(norm))
 
 

@@ -59,6 +59,6 @@ def test_its_view_jumps_and_it_says_what_it_lacks(capsys: pytest.CaptureFixture[
     torch.testing.assert_close(model.decode(model.latents(pictures)), pictures)
     with pytest.raises(ValueError, match=r"latents gave \(2, 3, 8, 8\) for images .* wanted \(2, 3, 64, 64\)"):
         model.latents(pictures[:, :, :8, :8])
-    words = train_words("mean_flow", model="my_jumps.py:build", out="run", full="")
+    words = train_words("mean_flow", model="my_jumps.py:build", out="run", full="", prompts="prompts.txt")
     assert "without pictures to learn from" in refused(["distill", *words[1:]], capsys)
     assert not Path("run").exists()

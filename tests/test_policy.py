@@ -134,8 +134,10 @@ def test_the_null_branch_can_be_kept_from_learning():
     grads = []
     for detach in (False, True):
         policy = Policy(model, DDIM(1.0), 5, guidance=0.0, detach_null=detach)
-        grads.append(torch.autograd.grad(policy.denoiser(x, t, cond).eps.sum(), model.parameters()))
-    assert all(gradient.any() for gradient in grads[0]) and not any(gradient.any() for gradient in grads[1])
+        answer = policy.denoiser(x, t, cond).eps.sum()
+        found = torch.autograd.grad(answer, model.parameters(), allow_unused=True)  # nobody tells cond[END]
+        grads.append([gradient for gradient in found if gradient is not None])
+    assert len(grads[0]) == len(grads[1]) > 4 and all(gradient.any() for gradient in grads[0]) and not any(gradient.any() for gradient in grads[1])
 
 
 @pytest.mark.parametrize(("field", "value"), [("steps", 0), ("microbatch", 0)])
