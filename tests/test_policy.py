@@ -137,7 +137,11 @@ def test_the_null_branch_can_be_kept_from_learning():
         answer = policy.denoiser(x, t, cond).eps.sum()
         found = torch.autograd.grad(answer, model.parameters(), allow_unused=True)  # nobody tells cond[END]
         grads.append([gradient for gradient in found if gradient is not None])
-    assert len(grads[0]) == len(grads[1]) > 4 and all(gradient.any() for gradient in grads[0]) and not any(gradient.any() for gradient in grads[1])
+    assert (
+        len(grads[0]) == len(grads[1]) > 4
+        and all(gradient.any() for gradient in grads[0])
+        and not any(gradient.any() for gradient in grads[1])
+    )
 
 
 @pytest.mark.parametrize(("field", "value"), [("steps", 0), ("microbatch", 0)])
