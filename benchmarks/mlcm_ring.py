@@ -31,7 +31,7 @@ TEXT = [f"class {label}" for label in range(CLASSES)]
 def settings(kind: type[DistillationSettings], **more: object) -> DistillationSettings:
     """256 chains of 64 moves are 64 updates of 256 pairs."""
     sizes = dict(inference_steps=64, prompts_per_step=4, images_per_prompt=64, updates=64, minibatch=256)
-    return kind(**sizes, sample_batch=256, distance="pseudo-huber", huber_c=0.00054, **more)  # type: ignore[arg-type]
+    return kind(**sizes, sample_batch=256, distance="l2", **{"learning_rate": 3e-3} | more)  # type: ignore[arg-type]
 
 
 def fit(ring: Ring, chosen: DistillationSettings, steps: int, seed: int) -> Policy:
@@ -87,7 +87,7 @@ def main() -> None:
             print(f"| {seed} | LCM, skip {skip} | {row(student, goal)} |")
         ring = Ring(modes=16, classes=CLASSES, guidance_scale=2.0, seed=seed)
         print(f"| {seed} | stage 1 | {row(fit(ring, settings(mlcm.Settings), args.steps, seed), goal)} |")
-        later = settings(mlcm.Settings, stage=2, learning_rate=3e-4)
+        later = settings(mlcm.Settings, stage=2, learning_rate=1e-3)
         print(f"| {seed} | stage 2 | {row(fit(ring, later, args.steps // 4, seed), goal)} |", flush=True)
 
 
