@@ -6,12 +6,9 @@ import ast
 import importlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tropism.config import BadInput, suggest
-
-if TYPE_CHECKING:
-    pass
 
 DISTILS = re.compile(r"\w*(Distillation|Training)Settings")  # which their settings extend
 METHODS = Path(__file__).parents[1] / "methods"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tropism.base import Distillable, Prompts, bcast, pick, take
+from tropism.base import Cond, Distillable, Prompts, bcast, pick, take
 from tropism.distillation.pairs import Pairs
 from tropism.policy import Policy
 from tropism.rollout import slices
@@ -59,15 +59,19 @@ class Noised:
             order = torch.randperm(len(rows), generator=self.generator)
             for parts in slices(order, self.updates, self.minibatch, teacher.processes):
                 t, s, weight = (each.to(x0.device) for each in self.times(len(rows), self.made, self.generator))
-                pairs = self._pairs(x0, eps, t, s, weight, told)
-                yield (_rows(pairs, batch, i) for i in parts)
+                drawn = (t, s, weight)
+                yield (self._pairs(x0[i], eps[i], drawn, i, take(told, i), pick(batch, i)) for i in parts)
                 self.made += 1
 
-    def _pairs(self, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, weight: Tensor, cond: dict[str, Tensor]) -> Pairs:
+    def _pairs(
+        self, x0: Tensor, eps: Tensor, drawn: tuple[Tensor, Tensor, Tensor], i: Tensor, cond: Cond, prompts: Prompts
+    ) -> Pairs:
+        """Of rows i, whose times and weights are ``drawn`` for all."""
+        t, s, weight = (each[i] for each in drawn)
         schedule = self.model.denoiser.schedule
         far, near = add_noise(schedule, x0, eps, t), add_noise(schedule, x0, eps, s)
         near = near.where(bcast(s > 0, near), x0)  # whatever level a table ends at
-        return Pairs(far, t, near, s, s if self.near else torch.zeros_like(t), cond, weight, x0, eps)
+        return Pairs(far, t, near, s, s if self.near else torch.zeros_like(t), cond, weight, x0, eps, prompts)
 
 
 @dataclass
@@ -94,10 +98,3 @@ def rungs(grid: Tensor, skip: int = 1) -> Times:
         return grid[first], grid[(first + skip).clamp(max=len(grid) - 1)], torch.ones(rows)
 
     return times
-
-
-def _rows(pairs: Pairs, batch: Prompts, i: Tensor) -> Pairs:
-    """Rows i of the pairs of a batch."""
-    assert pairs.x0 is not None and pairs.eps is not None
-    x, t, y, s, end = (each[i] for each in (pairs.x, pairs.t, pairs.y, pairs.s, pairs.end))
-    return Pairs(x, t, y, s, end, take(pairs.cond, i), pairs.weight[i], pairs.x0[i], pairs.eps[i], pick(batch, i))

@@ -100,12 +100,16 @@ def within(segments: int, skip: int = 1) -> Places:
     """Two states of one of ``segments`` equal parts of the chain, both carried to the part's end (2406.05768)."""
 
     def places(rows: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        length = moves // segments
         first = torch.randint(moves, (rows,), generator=generator)
-        end = (first // length + 1) * length
+        end = _end(first, moves // segments)
         return first, torch.minimum(first + skip, end), end
 
     return places
+
+
+def _end(first: Tensor, length: int) -> Tensor:
+    """Where the part of ``length`` moves ends that ``first`` (N,) lies in."""
+    return (first // length + 1) * length
 
 
 def across(segments: int) -> Places:
@@ -129,8 +133,7 @@ def straight(segments: int, asked: int, share: float = 0.0) -> Places:
         anywhere = torch.randint(moves, (rows,), generator=generator)
         even = torch.randint(asked, (rows,), generator=generator) * (moves // asked)
         first = even.where(torch.rand(rows, generator=generator) < share, anywhere)
-        length = moves // segments
-        end = (first // length + 1) * length
+        end = _end(first, moves // segments)
         return first, end, end
 
     return places

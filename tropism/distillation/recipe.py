@@ -62,9 +62,14 @@ class Distillation:
     terms: Sequence[Term] = ()
     decay: Callable[[int], float] | None = None
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def made(self) -> int:
         """How many updates the source has made, where it counts them."""
-        return {"made": int(getattr(self.source, "made", 0))}
+        return int(getattr(self.source, "made", 0))
+
+    def state_dict(self) -> dict[str, int]:
+        """What is not a tensor."""
+        return {"made": self.made}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues from ``state_dict()``."""
@@ -103,7 +108,7 @@ class Distillation:
         """Moves the target, and what the terms move."""
         if self.target is not None:
             if self.decay is not None:
-                self.target.decay = self.decay(self.state_dict()["made"])
+                self.target.decay = self.decay(self.made)
             self.target.update()
         for term in self.terms:
             if hasattr(term, "after_step"):

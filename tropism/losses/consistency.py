@@ -16,11 +16,16 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 """distance(said (N, ...), wanted (N, ...)) -> (N,) >= 0, smooth where the two are equal."""
 
 
-def _squared(said: Tensor, wanted: Tensor) -> Tensor:
-    """(N,) squared Euclidean distances."""
+def _gap(said: Tensor, wanted: Tensor) -> Tensor:
+    """(N, D) by how much they differ."""
     if said.shape != wanted.shape:
         raise ValueError(f"answers of {tuple(said.shape)} and {tuple(wanted.shape)} must have the same shape")
-    return (said.float() - wanted.float()).flatten(1).square().sum(1)
+    return (said.float() - wanted.float()).flatten(1)
+
+
+def _squared(said: Tensor, wanted: Tensor) -> Tensor:
+    """(N,) squared Euclidean distances."""
+    return _gap(said, wanted).square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,7 @@ class Huber:
 
     def __call__(self, said: Tensor, wanted: Tensor) -> Tensor:
         """(N, ...) twice -> (N,)."""
-        _squared(said, wanted)  # for its complaint
-        gap = (said.float() - wanted.float()).flatten(1)
-        return ((gap.square() + self.c**2).sqrt() - self.c).mean(1)
+        return ((_gap(said, wanted).square() + self.c**2).sqrt() - self.c).mean(1)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,3 @@ class Adaptive:
         """(N, ...) twice -> (N,)."""
         squared = _squared(said, wanted)
         return squared / (squared.detach() + self.c) ** self.power
-
-
-DISTANCES = {"l2": MeanSquare, "huber": Huber, "pseudo-huber": PseudoHuber}

@@ -28,11 +28,6 @@ class StudentSettings(MethodSettings):
     """Prompts of a step, each the start of a chain of the teacher (on all processes together)."""
     images_per_prompt: int = 1
     """Chains of each prompt."""
-    asked: float = 0.0
-    """Where pairs are compared with the teacher's own chain (direct): share of the states at the times at which the
-    student will be asked."""
-    pairs_per_chain: int | None = None
-    """Pairs of each chain in a pass; none: as many as it has moves."""
     updates: int = 20
     """Optimizer steps of one pass over a step's pairs."""
     passes: int = 1
@@ -61,6 +56,8 @@ class DistillationSettings(StudentSettings):
 
     inference_steps: int = 20
     """Moves of the teacher's chains, whose states the student learns from."""
+    pairs_per_chain: int | None = None
+    """Pairs of each chain in a pass; none: as many as it has moves."""
     distance: Literal["huber", "l2", "pseudo-huber"] = "huber"
     """Between what student and target say."""
     huber_c: float = 0.01
@@ -74,8 +71,6 @@ class DistillationSettings(StudentSettings):
                 f"student_steps is {self.student_steps}; wanted fewer than inference_steps, the teacher's "
                 f"{self.inference_steps}"
             )
-        if not 0 <= self.asked <= 1 or (self.asked and not getattr(self, "direct", False)):
-            raise ValueError(f"asked is {self.asked}; wanted a share from 0 to 1, and direct with it")
         if self.pairs_per_chain is not None and self.pairs_per_chain < 1:
             raise ValueError(f"pairs_per_chain is {self.pairs_per_chain}; wanted at least 1, or none")
         if self.huber_c <= 0:
@@ -97,6 +92,23 @@ class DistillationSettings(StudentSettings):
     def chains(self, places: Places, generator: torch.Generator) -> Chains:
         """Pairs along the teacher's chains."""
         return Chains(places, self.minibatch, self.updates, self.passes, generator, self.pairs_per_chain)
+
+
+@dataclass(frozen=True)
+class DirectDistillationSettings(DistillationSettings):
+    """Flags and YAML keys of a distillation that may also compare with the teacher's own chain."""
+
+    direct: bool = False
+    """Compare with the teacher's own state at the end (of the chain, or of its segment) instead of with what the
+    student says of the nearer state."""
+    asked: float = 0.0
+    """With direct: share of the pairs at the times at which the student will be asked."""
+
+    def check(self) -> None:
+        """As the settings of a distillation, and the ranges above."""
+        super().check()
+        if not 0 <= self.asked <= 1 or (self.asked and not self.direct):
+            raise ValueError(f"asked is {self.asked}; wanted a share from 0 to 1, and direct with it")
 
 
 def latent_size(policy: Policy) -> int:

@@ -26,18 +26,16 @@ from tropism.distillation import Distillation, Pictures, Source, Stepped
 from tropism.distillation.noised import rungs
 from tropism.distillation.pairs import adjacent, straight
 from tropism.ema import Ema
-from tropism.methods.distilling import DistillationSettings, latent_size
+from tropism.methods.distilling import DirectDistillationSettings, latent_size
 
 
 @dataclass(frozen=True)
-class Settings(DistillationSettings):
+class Settings(DirectDistillationSettings):
     """Consistency distillation, from the teacher's own chains or from pictures."""
 
     data: Literal["chains", "pictures"] = "chains"
     """Where states come from: the teacher's chains, or pictures with noise (a column image; those of scenes are drawn).
     """
-    direct: bool = False
-    """Compare with the clean end of the teacher's chain instead of with what the student says of the nearer state."""
     skip: int = 1
     """Moves of the teacher between the two states of a pair."""
     target_decay: float = 0.95

@@ -23,18 +23,16 @@ import torch
 
 from tropism.base import Distillable, Reward
 from tropism.distillation import Distillation
-from tropism.distillation.pairs import across, straight, within
-from tropism.methods.distilling import DistillationSettings, latent_size
+from tropism.distillation.pairs import Places, across, straight, within
+from tropism.methods.distilling import DirectDistillationSettings, latent_size
 
 
 @dataclass(frozen=True)
-class Settings(DistillationSettings):
+class Settings(DirectDistillationSettings):
     """Segments of the teacher's chain, each learnt as one deterministic move."""
 
     skip: int = 1
     """Moves of the teacher between the two states of a pair."""
-    direct: bool = False
-    """Compare with the teacher's own state at the segment's end."""
     stage: Literal[1, 2] = 1
     """2, after stage 1 (start_from its run): the starts of neighbouring segments must lead to one clean sample, so that
     fewer moves than segments do as well."""
@@ -55,14 +53,14 @@ class Settings(DistillationSettings):
     def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> Distillation:
         """The method on this model; the reward is not learnt from."""
         student = self.student(model, "ode")
-        places = (
-            straight(self.student_steps, self.student_steps, self.asked)
-            if self.direct
-            else within(self.student_steps, self.skip)
-        )
-        if self.stage == 2:
-            places = across(self.student_steps)
-        chains = self.chains(places, generator)
+        chains = self.chains(self.places(), generator)
         return Distillation(
             student, self.teacher(model, student), chains, generator, self.measure(latent_size(student))
         )
+
+    def places(self) -> Places:
+        """Which states of a chain make a pair, and where they are carried."""
+        segments = self.student_steps
+        if self.stage == 2:
+            return across(segments)
+        return straight(segments, segments, self.asked) if self.direct else within(segments, self.skip)

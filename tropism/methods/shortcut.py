@@ -18,7 +18,6 @@ Departures from kvfrans/shortcut-models:
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +46,7 @@ class Shortcut(Distillation):
         long = (pairs.t > pairs.end).nonzero().flatten()
         if not len(long):
             return v
-        with nullcontext() if self.target is None else self.target.swapped():
+        with self.judging():
             halves = self.halved(pairs.x[long], pairs.t[long], pairs.end[long], take(pairs.cond, long))
         return v.index_copy(0, long, halves)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tropism.base import Denoiser, Hops
 from tropism.denoisers import ConsistencyDenoiser, NetDenoiser, Target
-from tropism.models.latent_pipeline import LatentPipeline
+from tropism.models.latent_pipeline import LatentPipeline, is_consistency
 from tropism.schedules import DDPMTable, ladder_grid, table_grid
 
 TARGETS: dict[str, Target] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -36,13 +36,6 @@ TABLE = (
     "rescale_betas_zero_snr",
     "steps_offset",  # not used, but StableDiffusionPipeline warns of another than 1
 )
-LCM = "LCMScheduler"
-FEW_STEPS = 4  # of a consistency model, as diffusers' LCM pipeline
-
-
-def is_consistency(pipe: Any) -> bool:
-    """Whether the network answers with the clean sample at once, as LCM's."""
-    return type(pipe.scheduler).__name__ == LCM
 
 
 class DDPMPipeline(LatentPipeline):
@@ -60,13 +53,6 @@ class DDPMPipeline(LatentPipeline):
             raise ValueError(f"prediction_type is {scheduler['prediction_type']!r}; wanted one of {', '.join(TARGETS)}")
         if scheduler.get("clip_sample", False) or scheduler.get("thresholding", False):
             raise ValueError("the scheduler clips latents; set clip_sample and thresholding to False in its config")
-
-    @classmethod
-    def defaults(cls, pipe: Any) -> tuple[float, int]:
-        """As the pipeline; few steps of a consistency model, guided only if it takes guidance."""
-        if not is_consistency(pipe):
-            return super().defaults(pipe)
-        return (cls.default_guidance if cls.takes_guidance(pipe) else 1.0), FEW_STEPS
 
     def _build_denoiser(self) -> Denoiser:
         scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tropism.models.ddpm_pipeline import LCM
 from tropism.models.latent_consistency import LatentConsistency
-from tropism.models.latent_pipeline import LatentPipeline
+from tropism.models.latent_pipeline import CONSISTENCY, LatentPipeline
 from tropism.models.pipelines import DISTILLED, FAMILIES, pipeline_class, read_defaults, read_index
 from tropism.models.sketch import sketch
 from tropism.models.trainable import Trainable
@@ -45,7 +44,7 @@ def describe(source: str | Path, index: Mapping[str, Any] | None = None) -> dict
     pipeline = pipeline_class(str(index.get("_class_name")), str(source))
     family = FAMILIES[pipeline]
     looked = _looked_at(folder, index, family) if folder.is_dir() else _known(str(source), family)
-    about = LatentConsistency.about if looked.get("scheduler", "").startswith(LCM) else family.about
+    about = LatentConsistency.about if looked.get("scheduler", "").startswith(CONSISTENCY[0]) else family.about
     return {
         "family": about.title,
         "pipeline": pipeline.__name__,

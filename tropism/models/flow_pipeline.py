@@ -11,11 +11,10 @@ from torch import Tensor
 
 from tropism.base import Denoiser, Hops
 from tropism.denoisers import ConsistencyDenoiser, NetDenoiser
-from tropism.models.latent_pipeline import LatentPipeline
+from tropism.models.latent_pipeline import LatentPipeline, is_consistency
 from tropism.schedules import RectifiedFlow, flow_grid
 
-LCM = "FlowMatchLCMScheduler"
-FEW_STEPS = 4
+SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 UNSUPPORTED = (
     "invert_sigmas",
     "use_karras_sigmas",
@@ -23,11 +22,6 @@ UNSUPPORTED = (
     "use_beta_sigmas",
     "stochastic_sampling",
 )
-
-
-def is_consistency(pipe: Any) -> bool:
-    """Whether the network answers with the clean sample at once."""
-    return type(pipe.scheduler).__name__ == LCM
 
 
 class FlowPipeline(LatentPipeline):
@@ -49,10 +43,8 @@ class FlowPipeline(LatentPipeline):
     def check(cls, pipe: Any) -> None:
         """A scheduler that walks the straight path by Euler steps on shifted levels."""
         config = pipe.scheduler.config
-        if type(pipe.scheduler).__name__ not in ("FlowMatchEulerDiscreteScheduler", LCM):
-            raise ValueError(
-                f"{type(pipe.scheduler).__name__} is not supported; wanted FlowMatchEulerDiscreteScheduler or {LCM}"
-            )
+        if type(pipe.scheduler).__name__ not in SCHEDULERS:
+            raise ValueError(f"{type(pipe.scheduler).__name__} is not supported; wanted {' or '.join(SCHEDULERS)}")
         chosen = [name for name in UNSUPPORTED if config.get(name)]
         if config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear":
             chosen.append("time_shift_type")
@@ -60,13 +52,6 @@ class FlowPipeline(LatentPipeline):
             chosen.append("shift_terminal")
         if chosen:
             raise ValueError(f"the scheduler config sets {chosen}; wanted levels shifted by shift or by image size")
-
-    @classmethod
-    def defaults(cls, pipe: Any) -> tuple[float, int]:
-        """As the pipeline; few steps of a consistency model, guided only if it takes guidance."""
-        if not is_consistency(pipe):
-            return super().defaults(pipe)
-        return (cls.default_guidance if cls.takes_guidance(pipe) else 1.0), FEW_STEPS
 
     @abstractmethod
     def _patches(self) -> int:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from tropism.base import Cond
 from tropism.denoisers import TOLD
-from tropism.models.flow_pipeline import FEW_STEPS, FlowPipeline
-from tropism.models.latent_pipeline import ALL, About
+from tropism.models.flow_pipeline import FlowPipeline
+from tropism.models.latent_pipeline import ALL, FEW_STEPS, About
 from tropism.models.phrases import token_phrases
 from tropism.schedules import flow_grid
 

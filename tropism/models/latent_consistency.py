@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tropism.models.ddpm_pipeline import FEW_STEPS, is_consistency
-from tropism.models.latent_pipeline import About
+from tropism.models.latent_pipeline import FEW_STEPS, About, is_consistency
 from tropism.models.stable_diffusion import StableDiffusion
 
 

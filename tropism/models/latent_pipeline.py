@@ -29,7 +29,14 @@ class About(NamedTuple):
     adapter: str = "diffusers"  # whose format a LoRA is saved in
 
 
+CONSISTENCY = ("LCMScheduler", "FlowMatchLCMScheduler")
+FEW_STEPS = 4  # of a consistency model, as diffusers' LCM pipeline
 ALL, NO_FLOW = "all but lasro, rlcm", "all but flow-grpo, lasro, rlcm"
+
+
+def is_consistency(pipe: Any) -> bool:
+    """Whether the network answers with the clean sample at once, as LCM's."""
+    return type(pipe.scheduler).__name__ in CONSISTENCY
 
 
 class LatentPipeline(Trainable):
@@ -97,8 +104,13 @@ class LatentPipeline(Trainable):
 
     @classmethod
     def defaults(cls, pipe: Any) -> tuple[float, int]:
-        """Guidance and steps of the pipeline when it is not told any."""
-        return cls.default_guidance, cls.default_steps
+        """Guidance and steps of the pipeline when it is not told any.
+
+        Of a consistency model few steps, guided only if it takes guidance.
+        """
+        if not is_consistency(pipe):
+            return cls.default_guidance, cls.default_steps
+        return (cls.default_guidance if cls.takes_guidance(pipe) else 1.0), FEW_STEPS
 
     def _decode_input(self, latents: Tensor) -> Tensor:
         """What the vae decodes."""
