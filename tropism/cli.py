@@ -42,6 +42,7 @@ class Command(NamedTuple):
     line: str  # in the list of commands
     about: str  # in its own help
     leading: str = ""  # the setting that words before the first flag belong to
+    steers: bool = False  # it also takes the settings of the steerers that it is told, and is called with their values
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -49,7 +50,8 @@ COMMANDS: Mapping[str, Command] = {
         "config:SampleSettings",
         "commands:run_sample",
         "draw pictures, with or without what was trained",
-        "Draw pictures, one PNG each and all in a grid.",
+        "Draw pictures, one PNG each and all in a grid; with --steer, steered by a reward.",
+        steers=True,
     ),
     "eval": Command(
         "config:EvalSettings",
@@ -62,6 +64,21 @@ COMMANDS: Mapping[str, Command] = {
         "few_step_command:run_few_steps",
         "quality against moves, network calls and seconds, of a teacher and its students",
         "Draw with a teacher and its students in 1, 2, 4, ... moves: reward, network calls and seconds of each.",
+    ),
+    "compare-steering": Command(
+        "steering_settings:CompareSteeringSettings",
+        "steering_command:run_compare_steering",
+        "several ways to steer, and fine-tuned adapters: rewards, network calls and seconds of each",
+        "Draw the same prompts from the same noise, steered in several ways: what each is worth, and what it costs.",
+        "steer",
+        steers=True,
+    ),
+    "steerers": Command(
+        "steering_settings:SteerersSettings",
+        "steering_command:run_steerers",
+        "list the ways to steer and their settings",
+        "The ways to steer (all, unless named) with their settings and defaults.",
+        "steer",
     ),
     "reward test": Command(
         "reward_settings:RewardTestSettings",
@@ -179,9 +196,9 @@ def _run(name: str, words: list[str]) -> None:
         words = ["--inference-steps" + word[7:] if word.split("=")[0] == "--steps" else word for word in words]
     if command.leading and words and not words[0].startswith("-"):
         words = [f"--{command.leading.replace('_', '-')}", *words]
-    settings = _read(_named(command.settings), words, name, command.about)
-    if settings is not None:
-        _named(command.run)(settings)
+    found = _read(_named(command.settings), words, name, command.about, command.steers)
+    if found is not None:
+        _named(command.run)(*found)
 
 
 def _named(text: str) -> Any:
@@ -193,16 +210,25 @@ def _asks_help(words: Sequence[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
-def _read(kind: type[Any], words: Sequence[str], command: str, description: str) -> Any:
-    """The settings of a command without a method; None when its help was printed instead."""
+def _read(kind: type[Any], words: Sequence[str], command: str, description: str, steers: bool = False) -> Any:
+    """The settings of a command without a method, and where it steers the values of its steerers' own; None when its
+    help was printed instead."""
     from tropism import flags
 
-    settings = flags.settings_of(kind, "settings")
+    own = flags.settings_of(kind, "settings")
+    settings = [*own]
+    if steers:
+        from tropism.steering_settings import named_steerers, steerer_flags
+
+        ways = named_steerers([word for word in words if word not in ("--help", "-h")])
+        settings += steerer_flags(ways, [setting.name for setting in own])
     parser = flags.build_parser(f"tropism {command}", description, settings)
     if _asks_help(words):
         print(parser.format_help())
         return None
-    return kind(**flags.read(parser, settings, words))
+    values = flags.read(parser, settings, words)
+    made = kind(**_of(own, values))
+    return (made, _of(settings[len(own) :], values)) if steers else (made,)
 
 
 def _distill(words: list[str]) -> None:
@@ -281,20 +307,21 @@ def _demo(words: list[str]) -> None:
     from tropism.config import DemoSettings, read_config
     from tropism.plan import next_folder
 
-    demo = _read(
+    found = _read(
         DemoSettings, words, "demo", "Train a small model that comes with the package, and see the difference."
     )
-    if demo is None:
+    if found is None:
         return
+    (demo,) = found
     preset = str(Path(__file__).with_name(PRESET)) if demo.preset is None else demo.preset
     given = {name: getattr(demo, name) for name in ("steps", "seed", "device", "threads")}
     argv = ["--config", preset, "--out", str(demo.out or next_folder(Path("runs"), "demo"))]
     argv += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    found = _train_settings(str(read_config(preset).get("method", "ddpo")), argv, "demo")
-    assert found is not None
+    run = _train_settings(str(read_config(preset).get("method", "ddpo")), argv, "demo")
+    assert run is not None
     from tropism.commands import run_demo
 
-    run_demo(*found)
+    run_demo(*run)
 
 
 def _methods(words: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,8 @@ from tropism.plan import (
 )
 from tropism.report import Outcome, in_words, summary
 from tropism.run import execute
+from tropism.steering import image_seeds, steer_policy
+from tropism.steering_settings import made_steerers
 
 if TYPE_CHECKING:
     from tropism.models.trainable import Trainable
@@ -64,24 +66,39 @@ def run_demo(method: str, settings: TrainSettings, method_settings: Any) -> Outc
     return outcome
 
 
-def run_sample(settings: SampleSettings) -> list[Path]:
-    """Draws, and writes one PNG an image and a grid; returns the files."""
+def run_sample(settings: SampleSettings, steering: Mapping[str, Any] | None = None) -> list[Path]:
+    """Draws, and writes one PNG an image and a grid; returns the files. ``steering`` are values of the settings of
+    ``settings.steer``."""
     settings.check()
     prompts = PromptSet(settings.prompt) if settings.prompt else catalog.read_prompt_set(str(settings.prompts))
+    steerers = made_steerers(settings.steer, steering or {}) if settings.steer else []
+    specs = catalog.check_rewards(_steered_by(settings)) if steerers else []
     alone = settings.out is not None and settings.out.endswith(".png")
     out = Path(str(settings.out)).expanduser() if alone else check_out(settings.out, "sample")
     check_writable(out)
-    model, policy = _load(settings)
-    text = first_images(prompts, len(prompts), settings.images).text
-    images = torch.cat([batch.float().cpu() for batch in draw_images(policy, text, settings.seed)])
+    model, policy = load_policy(settings)
+    rows = first_images(prompts, len(prompts), settings.images)
+    text, said = rows.text, f"{policy.steps} steps, guidance {_guidance(settings, model):g}"
+    if steerers:
+        reward = build_rewards(specs, settings.model, model, prompts, policy.device, settings.reward_cache)
+        with as_bad_input(TypeError, ValueError):
+            found, trace = steer_policy(policy, reward, rows, steerers, image_seeds(len(text), settings.seed))
+        images = policy.decode(found.latents).float().cpu()
+        said += f", steered by {settings.steer} towards {reward.name} ({trace.calls:g} network calls an image)"
+    else:
+        images = torch.cat([batch.float().cpu() for batch in draw_images(policy, text, settings.seed)])
     columns = settings.images if 1 < settings.images <= 8 else 0  # a row a prompt, where that fits
     sheet = pictures.to_image(images[0]) if alone and len(images) == 1 else pictures.grid(images, text, columns=columns)
     files = [] if alone else [out / f"{i:03}-{_slug(each)}.png" for i, each in enumerate(text)]
     for file, pixels in zip(files, images, strict=False):
         pictures.save(pictures.to_image(pixels), file)
     files.append(pictures.save(sheet, out if alone else out / "grid.png"))
-    print(f"{len(images)} images with {policy.steps} steps, guidance {_guidance(settings, model):g}: {files[-1]}")
+    print(f"{len(images)} images with {said}: {files[-1]}")
     return files
+
+
+def _steered_by(settings: SampleSettings) -> Sequence[str]:
+    return given(settings.reward or catalog.own_rewards(settings.model), "reward", settings.model)
 
 
 def run_eval(settings: EvalSettings) -> dict[str, Any]:
@@ -92,7 +109,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     specs, prompts = catalog.check_rewards(rewards), catalog.read_prompt_set(name)
     if settings.out:
         check_writable(Path(settings.out))
-    model, policy = _load(settings)
+    model, policy = load_policy(settings)
     reward = build_rewards(specs, settings.model, model, prompts, policy.device, settings.reward_cache)
     rows = first_images(prompts, settings.images)
     with as_bad_input(ValueError):
@@ -109,7 +126,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     return found
 
 
-def _load(settings: PickSettings) -> tuple[Trainable, Policy]:
+def load_policy(settings: PickSettings) -> tuple[Trainable, Policy]:
     """The model with its adapter, and the policy of evaluation."""
     catalog.check_model(settings.model)
     adapter = None if settings.adapter is None else adapter_folder(settings.adapter)

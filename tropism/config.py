@@ -198,6 +198,12 @@ class SampleSettings(PickSettings):
     """A set of prompts by name, or a .txt or .jsonl file."""
     images: int = 1
     """Images of each prompt."""
+    steer: str | None = None
+    """Steer while drawing: NAME or NAME+NAME (tropism steerers lists them); none: draw as the model does."""
+    reward: list[str] = field(default_factory=list)
+    """By which drawing is steered; as in training; none: the model's own."""
+    reward_cache: str | None = None
+    """As in training."""
     out: str | None = None
     """A new or empty folder, or a .png file for the grid alone; none: runs/sample-NUMBER."""
 
@@ -205,6 +211,8 @@ class SampleSettings(PickSettings):
         """Raises BadInput."""
         super().check()
         require(self.images >= 1, "images", self.images, "at least 1")
+        if self.steer is None and (self.reward or self.reward_cache):
+            raise BadInput("reward is given and steer is not; wanted steer as well, such as best-of-n or fk")
         if bool(self.prompt) == bool(self.prompts):
             raise BadInput("wanted either prompt (one or more texts) or prompts (a file or a set by name)")
 

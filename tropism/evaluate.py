@@ -97,15 +97,28 @@ def evaluate(policy: Policy, reward: Weighted, prompts: Prompts, seed: int = 0) 
     mine = processes.share(torch.arange(count))
     drawn = draw_images(policy.with_(processes=ALONE), pick(prompts, mine).text, seed, mine)
     for rows, batch in zip(mine.split(policy.microbatch), drawn, strict=True):
-        check_finite_pictures(batch)
-        own = pick(prompts, rows)
-        parts = reward.parts(batch, own.text, **own.columns)
         images.append(batch.float().cpu())
-        scores.append({name: values.detach().float().cpu() for name, values in parts.items()})
+        scores.append(_scored(batch, reward, pick(prompts, rows)))
     parts = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
     joined = {name: processes.joined(values, mine, count) for name, values in parts.items()}
     pixels = processes.joined(torch.cat(images), mine, count)
     return Evaluation(pixels, list(prompts.text), reward.combine(joined), joined)
+
+
+def _scored(images: Tensor, reward: Weighted, prompts: Prompts) -> dict[str, Tensor]:
+    """What every reward says of (B, 3, H, W), on the CPU. Raises Unhealthy for pictures that are not finite."""
+    check_finite_pictures(images)
+    parts = reward.parts(images, prompts.text, **prompts.columns)
+    return {name: values.detach().float().cpu() for name, values in parts.items()}
+
+
+@torch.no_grad()
+def judge(images: Tensor, reward: Weighted, prompts: Prompts, batch: int = 16) -> Evaluation:
+    """``evaluate`` of pictures (N, 3, H, W) that are drawn already, one a prompt, ``batch`` at a time."""
+    rows = torch.arange(len(images)).split(batch)
+    scores = [_scored(images[each], reward, pick(prompts, each)) for each in rows]
+    parts = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
+    return Evaluation(images.float().cpu(), list(prompts.text), reward.combine(parts), parts)
 
 
 def interval(values: Tensor, seed: int = 0) -> Interval:

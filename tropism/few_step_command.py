@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +99,9 @@ def _student(settings: FewStepsSettings, folder: Path, device: torch.device) -> 
 def write(folder: Path, points: Sequence[Point], said: dict[str, Any], shown: int = 2) -> None:
     """report.json (with every score), report.csv, chart.png and pictures.png; ``said`` is what was asked for."""
     plain = rows(points)
-    scores = [[_known(value) for value in point.evaluation.total.tolist()] for point in points]
-    told = [{key: _known(value) for key, value in row.items()} for row in plain]
-    found = [{**row, "scores": own} for row, own in zip(told, scores, strict=True)]
-    text = json.dumps({**said, "rows": found, "text": list(points[0].evaluation.text)}, indent=1, allow_nan=False)
-    (folder / "report.json").write_text(text, encoding="utf-8")
+    found = [{**row, "scores": point.evaluation.total.tolist()} for row, point in zip(plain, points, strict=True)]
+    text = plain_values({**said, "rows": found, "text": list(points[0].evaluation.text)})
+    (folder / "report.json").write_text(json.dumps(text, indent=1, allow_nan=False), encoding="utf-8")
     with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(plain[0]))
         writer.writeheader()
@@ -112,8 +110,12 @@ def write(folder: Path, points: Sequence[Point], said: dict[str, Any], shown: in
     pictures.save(sheet(points, shown), folder / "pictures.png")
 
 
-def _known(value: Any) -> Any:
-    """None for a score that is missing."""
+def plain_values(value: Any) -> Any:
+    """The same with None for every number that is missing, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {name: plain_values(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain_values(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from tropism.base import Cond, Denoiser, Prediction, Prompts
+from tropism.base import Prompts
+from tropism.counting import Counted
 from tropism.evaluate import Evaluation, Gain, Interval, draw_images, evaluate, interval, paired_gain
 from tropism.policy import Policy
 from tropism.rewards.composed import Weighted
@@ -84,36 +83,6 @@ def _seconds(
                 images.cpu()  # waits for the device
             taken[key].append((time.perf_counter() - started) / len(text))
     return {key: statistics.median(times) for key, times in taken.items()}
-
-
-class Counted:
-    """A ``base.TextToImage`` that counts the rows its denoiser is asked for; all else is the model's."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.rows = model, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """Unguided, as the model's."""
-        return _Counting(self)
-
-
-class _Counting:
-    """A denoiser that tells its model of every call."""
-
-    def __init__(self, owner: Counted) -> None:
-        self._owner, self._inner = owner, owner.model.denoiser
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        self._owner.rows += len(x)
-        answer: Prediction = self._inner(x, t, cond)
-        return answer
 
 
 def rows(points: Sequence[Point]) -> list[dict[str, Any]]:

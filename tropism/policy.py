@@ -18,6 +18,8 @@ from tropism.processes import ALONE, Processes
 from tropism.randomness import Randomness, normal, row_generators, row_seeds
 from tropism.samplers.chain import Move, walk
 
+Guide = Callable[[Denoiser], Denoiser]
+"""A belief that is steered: a denoiser around a denoiser."""
 Finished = Callable[[Tensor, Tensor], None]
 """finished(rows (N,), their clean latents (N, ...)): told of every micro-batch, in order."""
 
@@ -26,9 +28,10 @@ Finished = Callable[[Tensor, Tensor], None]
 class Policy:
     """``steps`` moves of ``kernel`` through the guided ``model``, from noise to a clean latent.
 
-    ``guidance`` is a number, a ``Scale``, or None for the model's default. ``detach_null`` keeps gradients out of the
-    unconditional branch. ``microbatch`` bounds how many chains run at once; it never changes what they are, because
-    every chain has its own noise. Several ``processes`` share the chains of a batch, and each ends up with all of them.
+    ``guidance`` is a number, a ``Scale``, or None for the model's default; ``guide`` goes around the guided denoiser.
+    ``detach_null`` keeps gradients out of the unconditional branch. ``microbatch`` bounds how many chains run at once;
+    it never changes what they are, because every chain has its own noise. Several ``processes`` share the chains of a
+    batch, and each ends up with all of them.
     """
 
     model: TextToImage
@@ -38,6 +41,7 @@ class Policy:
     detach_null: bool = False
     microbatch: int = 64
     processes: Processes = ALONE
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -50,8 +54,10 @@ class Policy:
         """Guided."""
         scale = self.model.guidance_scale if self.guidance is None else self.guidance
         if takes_guidance(self.model.denoiser):
-            return Told(self.model.denoiser, scale)
-        return Guided(self.model.denoiser, self.model.null(), scale, self.detach_null)
+            guided: Denoiser = Told(self.model.denoiser, scale)
+        else:
+            guided = Guided(self.model.denoiser, self.model.null(), scale, self.detach_null)
+        return guided if self.guide is None else self.guide(guided)
 
     def told(self, cond: Cond) -> Cond:
         """cond (B rows) as the unguided denoiser wants it: with the guidance, if its network takes one number of it."""

@@ -22,6 +22,12 @@ def row_seeds(count: int, generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(start))
 
 
+def branches(seeds: Tensor, count: int) -> Tensor:
+    """(P,) seeds -> (P, count) int64: the first of each is the seed itself, the others are drawn from it alone."""
+    rest = [row_seeds(count, torch.Generator().manual_seed(seed))[1:] for seed in seeds.tolist()]
+    return torch.cat([seeds[:, None], torch.stack(rest)], dim=1)
+
+
 def row_generators(seeds: Tensor) -> list[torch.Generator]:
     """A fresh generator for each seed (N,), on the CPU: one seed means the same noise on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

@@ -1,7 +1,9 @@
-"""Names for things, and the things themselves: methods, models, prompts, rewards. The only place that wires them.
+"""Names for things, and the things themselves: methods, models, prompts, rewards, steerers. The only place that wires
+them.
 
-Methods are found, not registered: every module of ``tropism.methods`` with a ``Settings`` class is one. Functions that
-are called ``check_...`` load nothing; what they accept can still fail to load, with a sentence of its own.
+Methods and steerers are found, not registered: every module of their folder with a ``Settings`` class is one.
+Functions that are called ``check_...`` load nothing; what they accept can still fail to load, with a sentence of its
+own.
 """
 
 from tropism.catalog.methods import distilling, method_names, method_settings
@@ -14,6 +16,7 @@ from tropism.catalog.models import (
     families,
     load_model,
     told,
+    wrap,
 )
 from tropism.catalog.prompts import own_prompts, pairs, pictures, read_prompt_set
 from tropism.catalog.rewards import (
@@ -28,6 +31,7 @@ from tropism.catalog.rewards import (
     reward_version,
     sample_pictures,
 )
+from tropism.catalog.steerers import steerer_names, steerer_settings
 
 __all__ = [
     "SHIPPED",
@@ -54,5 +58,8 @@ __all__ = [
     "read_prompt_set",
     "reward_version",
     "sample_pictures",
+    "steerer_names",
+    "steerer_settings",
     "told",
+    "wrap",
 ]

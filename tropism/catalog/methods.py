@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tropism.catalog.files import with_settings
 from tropism.config import BadInput, suggest
 
 DISTILS = re.compile(r"\w*(Distillation|Training)Settings")  # which their settings extend
@@ -16,12 +17,7 @@ METHODS = Path(__file__).parents[1] / "methods"
 
 def method_names() -> dict[str, str]:
     """Every method, as it is typed, with the first line of its file; nothing is imported."""
-    found = {}
-    for file in sorted(METHODS.glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in tree.body):
-            found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").split("\n")[0]
-    return found
+    return with_settings(METHODS)
 
 
 def distilling() -> list[str]:

@@ -67,6 +67,15 @@ def load_model(
     return load_pipeline(check_model(name), dtype, device, image_size=image_size)
 
 
+def wrap(pipe: Any) -> Trainable:
+    """A diffusers pipeline that is loaded already, as it is; a model of this library is itself. Raises ValueError for
+    an unknown family."""
+    from tropism.models.pipelines import wrap_pipeline
+    from tropism.models.trainable import Trainable
+
+    return pipe if isinstance(pipe, Trainable) else wrap_pipeline(pipe)
+
+
 def families() -> list[tuple[str, ...]]:
     """The table of model families, its head first."""
     from tropism.models.quiet import quiet_libraries

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -223,6 +225,13 @@ class LatentPipeline(Trainable):
         self.pipe.to(device, dtype)
         self._dtype, self._twins = dtype, {}
         return self
+
+    def output(self, images: Any) -> Any:
+        """As ``pipe`` returns them: the one kind of output that the pipeline's own module knows."""
+        known = vars(sys.modules[type(self.pipe).__module__])
+        kinds = [kind for name, kind in known.items() if name.endswith("PipelineOutput")]
+        assert len(kinds) == 1, f"{type(self.pipe).__name__} has {len(kinds)} kinds of output"
+        return kinds[0](**{field.name: None for field in fields(kinds[0])} | {"images": images})
 
     def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
         """Lines of Python that draw ``prompt`` in plain diffusers (and PEFT)."""

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -97,6 +98,10 @@ class Trainable(ABC):
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> Trainable:
         """The same model, there and in that format; before anything is trained."""
+
+    def output(self, images: Any) -> Any:
+        """Pictures as whatever holds this model returns them: a pipeline in its own kind of output."""
+        return SimpleNamespace(images=images)
 
     @abstractmethod
     def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:

@@ -1,0 +1,195 @@
+"""What steering is given and what it gives: prompts with their seeds and a score, and a sample of each with its cost.
+
+A steerer is a *guide*, which puts a denoiser around the policy's, or a *search*, which decides how the chains of a
+prompt are run. Both are given the same ``Task``; guides compose with each other and with any one search.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tropism.base import Cond, Prompts, Reward, pick, take
+from tropism.counting import Counted
+from tropism.policy import Guide, Policy, score_latents
+from tropism.randomness import branches, normal, row_generators, row_seeds
+
+ROW = "guidance_row"
+"""The entry of cond (N,) that says to which prompt of the task a row belongs; it never reaches a network."""
+
+
+@dataclass
+class Scorer:
+    """What the reward says of clean latents; it counts the pictures and the seconds."""
+
+    policy: Policy
+    reward: Reward
+    prompts: Prompts
+    rows: int = 0
+    seconds: float = 0.0
+
+    def __call__(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """Latents (N, ...) of prompts ``rows`` (N,) -> (N,) float32, without a graph, by micro-batches."""
+        started = time.perf_counter()
+        parts = zip(latents.split(self.policy.microbatch), rows.cpu().split(self.policy.microbatch), strict=True)
+        scores = [score_latents(self.policy, self.reward, some, pick(self.prompts, each)) for some, each in parts]
+        self.rows, self.seconds = self.rows + len(rows), self.seconds + time.perf_counter() - started
+        return torch.cat(scores).float()
+
+    def value(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """The same with its graph, in one piece. Raises TypeError for a reward without a gradient."""
+        if not self.reward.differentiable:
+            raise TypeError(
+                f"reward '{self.reward.name}' has no gradient, which this guide follows; take a reward that has one, "
+                "such as clip, or a search that needs values only: best-of-n, beam, fk"
+            )
+        own, started = pick(self.prompts, rows.cpu()), time.perf_counter()
+        scores = self.reward(self.policy.model.decode(latents), own.text, **own.columns)
+        self.rows, self.seconds = self.rows + len(rows), self.seconds + time.perf_counter() - started
+        return scores
+
+
+@dataclass(frozen=True)
+class Task:
+    """P samples to be drawn, one a row of ``prompts``."""
+
+    policy: Policy
+    prompts: Prompts
+    seeds: Tensor  # (P,) int64: what row i is drawn from, whatever else is drawn
+    score: Scorer
+
+    @property
+    def count(self) -> int:
+        """P."""
+        return len(self.prompts.text)
+
+    def cond(self, each: int = 1) -> Cond:
+        """Conditions of P * ``each`` rows, those of one prompt together, with ``ROW``."""
+        rows = torch.arange(self.count).repeat_interleave(each)
+        cond = self.policy.model.encode(self.prompts.text)
+        return {**take(cond, rows.to(self.policy.device)), ROW: rows.to(self.policy.device)}
+
+    def branched(self, each: int) -> Tensor:
+        """(P * each,) seeds, those of one prompt together; the first of a prompt is its own."""
+        return branches(self.seeds, each).flatten()
+
+    def start(self, each: int = 1) -> tuple[Tensor, list[torch.Generator]]:
+        """Noise (P * each, ...) and the generator that each row goes on with; the first of a prompt is what it is drawn
+        from without steering."""
+        generators = row_generators(self.branched(each))
+        shape = (len(generators), *self.policy.model.latent_shape)
+        return normal(shape, generators, self.policy.device), generators
+
+    def guided(self, guide: Guide) -> Task:
+        """With ``guide`` around what the policy has already."""
+        inner = self.policy.guide
+        both = guide if inner is None else lambda denoiser: guide(inner(denoiser))
+        return replace(self, policy=self.policy.with_(guide=both))
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What was drawn, a sample a prompt."""
+
+    latents: Tensor  # (P, ...) clean
+    steps: Sequence[Mapping[str, float]] = ()  # a row a move at which something was decided
+    particles: Any = None  # all that were run, with their weights, where there were several
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the drawing of P samples cost, and what was decided on the way."""
+
+    calls: float  # rows that the network was asked for, a sample
+    scored: float  # pictures that the reward was shown, a sample
+    seconds: float  # a sample, all in all
+    reward_seconds: float  # of these
+    steps: Sequence[Mapping[str, float]] = field(default_factory=list)
+    particles: Any = None
+
+
+@runtime_checkable
+class Search(Protocol):
+    """Settings of a search: how the chains of every prompt are run."""
+
+    def check(self) -> None: ...
+
+    def draw(self, task: Task) -> Steered: ...
+
+
+@runtime_checkable
+class Guiding(Protocol):
+    """Settings of a guide: what goes around the denoiser. It may change the task's policy in other ways as well."""
+
+    def check(self) -> None: ...
+
+    def guide(self, task: Task) -> Task: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """No search: one chain a sample."""
+
+    def check(self) -> None:
+        """Nothing can be wrong."""
+
+    @torch.no_grad()
+    def draw(self, task: Task) -> Steered:
+        """As the policy draws, by micro-batches."""
+        (x, generators), cond = task.start(), task.cond()
+        ends = []
+        for rows in torch.arange(task.count).split(task.policy.microbatch):
+            *_, last = task.policy.chain(x[rows], take(cond, rows.to(x.device)), [generators[row] for row in rows])
+            ends.append(last.x_next)
+        return Steered(torch.cat(ends))
+
+
+def check_steerers(steerers: Sequence[object]) -> Search | None:
+    """The search among them. Raises ValueError for two, and for what is neither guide nor search."""
+    searches = [each for each in steerers if isinstance(each, Search)]
+    other = [each for each in steerers if not isinstance(each, Search | Guiding)]
+    if other:
+        raise ValueError(
+            f"{type(other[0]).__name__} is neither a guide nor a search; give settings of tropism.steering"
+        )
+    if len(searches) > 1:
+        names = " and ".join(type(each).__module__.rpartition(".")[2] for each in searches[:2])
+        raise ValueError(f"{names} both decide how chains are run; give one of them, with any number of guides")
+    return searches[0] if searches else None
+
+
+def steer_policy(
+    policy: Policy, reward: Reward, prompts: Prompts, steerers: Sequence[Search | Guiding], seeds: Tensor
+) -> tuple[Steered, Trace]:
+    """Draws a sample a row of ``prompts``, steered by the guides in turn and by the search among ``steerers``.
+
+    Sample i depends on ``seeds`` (P,)[i] and its prompt alone. Raises ValueError for two searches, TypeError for a
+    guide that needs a gradient which the reward has not.
+    """
+    search = check_steerers(steerers) or Plain()
+    if seeds.shape != (len(prompts.text),):
+        raise ValueError(f"{len(prompts.text)} prompts and seeds {tuple(seeds.shape)}; wanted one seed a prompt")
+    started, counted = time.perf_counter(), Counted(policy.model)
+    policy = policy.with_(model=counted)
+    score = Scorer(policy, reward, prompts)
+    task = Task(policy, prompts, seeds, score)
+    for each in steerers:
+        if isinstance(each, Guiding):
+            task = each.guide(task)
+    found = search.draw(task)
+    per = 1 / task.count
+    seconds = time.perf_counter() - started
+    trace = Trace(
+        counted.rows * per, score.rows * per, seconds * per, score.seconds * per, found.steps, found.particles
+    )
+    return found, trace
+
+
+def image_seeds(count: int, seed: int) -> Tensor:
+    """(count,): image i of ``seed``, as everything that is drawn here counts them."""
+    return row_seeds(count, torch.Generator().manual_seed(seed))
