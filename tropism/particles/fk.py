@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from tropism.particles.potentials import Memory, Potential, difference
 from tropism.particles.resampling import Resample, systematic
 from tropism.particles.trace import Step, Trace
 from tropism.particles.walking import (
+    Chance,
     Score,
     Seen,
     Walk,
@@ -38,7 +39,6 @@ from tropism.particles.walking import (
     counted,
     law_rows,
     laws_below,
-    own_generators,
 )
 from tropism.randomness import Randomness
 
@@ -89,17 +89,13 @@ class Flock:
         """(P,) bool: whose effective sample size is below this share of K."""
         return ess(self.log_weight) < ess_below * self.log_weight.shape[1]
 
-    def chosen(self, due: Tensor, resample: Resample, generators: Sequence[torch.Generator]) -> Tensor:
-        """(P, K) int64 from which particle each comes now: drawn for the prompts that are due, itself for the others.
-
-        A prompt's draws come from the generator of its first row.
-        """
+    def chosen(self, due: Tensor, resample: Resample, chance: Chance) -> Tensor:
+        """(P, K) int64 from which particle each comes now: drawn for prompts that are due, itself for the others."""
         prompts, count = self.log_weight.shape
         index = torch.arange(count).repeat(prompts, 1)
         places = due.nonzero()[:, 0]
         if len(places):
-            own = [generators[place * count] for place in places.tolist()]
-            index[places] = resample(self.log_weight[places], count, own)
+            index[places] = resample(self.log_weight[places], count, chance.of_prompts(places, count))
         return index
 
     def resampled(self, due: Tensor, index: Tensor) -> tuple[Flock, Tensor]:
@@ -160,7 +156,7 @@ def fk_steer(
     checked(x, cond, len(walk.ts) - 1, at, ess_below)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite; got {scale}")
-    going, generators = Walking(walk, score), own_generators(generator, x.shape[0] * x.shape[1])
+    going, chance = Walking(walk, score), Chance.of(generator, x.shape[0] * x.shape[1])
     flock, steps, missing = Flock.start(x, cond), list[Step](), False
     ts = walk.ts.to(x.device, torch.float32)
     for index, (t, s) in enumerate(itertools.pairwise(ts)):
@@ -168,15 +164,15 @@ def fk_steer(
         if index == 0 and at:
             _random(law, walk.kernel)
         if index in at and potential is not None:
-            reward = _by_parts(intermediate, going, _seen(going, flock, t, s, prediction, generators))
+            reward = _by_parts(intermediate, going, _seen(going, flock, t, s, prediction, chance))
             missing |= bool(reward.isnan().any())
             log_g = potential(reward, flock.memory).where(~reward.isnan(), 0.0)
             flock = dataclasses.replace(flock, memory=flock.memory.after(reward, log_g)).weighed(scale * log_g)
             before, due = flock, flock.due(ess_below)
-            flock, rows = flock.resampled(due, flock.chosen(due, resample, generators))
+            flock, rows = flock.resampled(due, flock.chosen(due, resample, chance))
             law, prediction = _rows_of(law, prediction, rows.to(x.device))
             steps.append(_step(index, float(t), before, flock, due, reward))
-        flock = _moved(going, flock, law, prediction, t, s, proposal, generators)
+        flock = _moved(going, flock, law, prediction, t, s, proposal, chance)
     reward = going.score(flock.x, torch.arange(len(flock.x)))
     _warn(missing or bool(reward.isnan().any()))
     flock = _ended(flock, reward, scale)
@@ -192,12 +188,10 @@ def _random(law: Transition, kernel: Kernel) -> None:
         )
 
 
-def _seen(
-    going: Walking, flock: Flock, t: Tensor, s: Tensor, said: Prediction, generators: Sequence[torch.Generator]
-) -> Seen:
+def _seen(going: Walking, flock: Flock, t: Tensor, s: Tensor, said: Prediction, chance: Chance) -> Seen:
     rows = len(flock.x)
     place = torch.arange(rows)
-    return Seen(flock.x, t.expand(rows), s.expand(rows), said, flock.cond, place, generators, going.walk, going.cost)
+    return Seen(flock.x, t.expand(rows), s.expand(rows), said, flock.cond, place, chance.rows, going.walk, going.cost)
 
 
 def _by_parts(intermediate: Intermediate, going: Walking, seen: Seen) -> Tensor:
@@ -223,17 +217,17 @@ def _moved(
     t: Tensor,
     s: Tensor,
     proposal: Proposal | None,
-    generators: Sequence[torch.Generator],
+    chance: Chance,
 ) -> Flock:
     """After one draw; from a proposal it costs log p - log proposal. A step without noise is always the model's."""
     if proposal is None or not bool(law.is_random.all()):
-        return dataclasses.replace(flock, x=law.sample(generators))
-    seen = _seen(going, flock, t, s, said, generators)
+        return dataclasses.replace(flock, x=law.sample(chance.moves))
+    seen = _seen(going, flock, t, s, said, chance)
     parts = torch.arange(len(flock.x), device=flock.x.device).split(going.walk.microbatch)
     drawn = laws_below([proposal(law_rows(law, part), seen.of(part)) for part in parts])
     if not bool(drawn.is_random.all()):
         raise ValueError(f"the proposal draws no noise at t = {float(t):.4g}, where the model does; wanted a density")
-    x = drawn.sample(generators)
+    x = drawn.sample(chance.moves)
     gap = law.log_prob(x).double() - drawn.log_prob(x).double()
     return dataclasses.replace(flock, x=x).weighed(gap.cpu())
 

@@ -33,7 +33,7 @@ from tropism.particles.fk import Flock
 from tropism.particles.particles import Particles, ess, log_mean, unique
 from tropism.particles.resampling import Resample, systematic
 from tropism.particles.trace import Step, Trace
-from tropism.particles.walking import Cost, Score, counted, own_generators
+from tropism.particles.walking import Chance, Cost, Score, counted
 from tropism.randomness import Randomness, normal
 
 
@@ -48,11 +48,14 @@ class Factor:
 
 @dataclass(frozen=True)
 class Tilt:
-    """exp(scale ramp(t) reward(x / alpha)): a differentiable reward (B, ...) -> (B,); ramp is 0 at first, 1 at 0."""
+    """exp(scale ramp(L) reward(x / alpha)): a differentiable reward (B, ...) -> (B,), ramp(0) = 1.
+
+    The default ramp 1 / (1 + L) keeps the tilt of noise, whose size is the root of L, within bounds.
+    """
 
     reward: Callable[[Tensor], Tensor]
     scale: float = 1.0
-    ramp: Callable[[float], float] = lambda t: 1 - t
+    ramp: Callable[[float], float] = lambda variance: 1 / (1 + variance)
 
 
 def guidance(denoiser: Denoiser, cond: Cond, null: Cond, w: float) -> tuple[Factor, Factor]:
@@ -78,6 +81,7 @@ def fkc(
     ts: Tensor,
     *,
     zeta: float = 1.0,
+    data_std: float = 1.0,
     tilt: Tilt | None = None,
     clamp: float | None = None,
     window: tuple[float, float] = (0.0, 1.0),
@@ -99,22 +103,24 @@ def fkc(
     going = _Product(factors, tilt, microbatch)
     total = sum(factor.power for factor in factors)
     _checked(factors, x, ts, total, zeta, ess_below, clamp)
-    generators = own_generators(generator, x.shape[0] * x.shape[1])
+    chance = Chance.of(generator, x.shape[0] * x.shape[1])
     ts = ts.to(x.device, torch.float32)
-    rows = {f"{index} {name}": value for index, each in enumerate(factors) for name, value in each.cond.items()}
-    flock = Flock.start(x, rows)
+    conds = {f"{index} {name}": value for index, each in enumerate(factors) for name, value in each.cond.items()}
+    flock = Flock.start(x, conds)
     flock = replace(flock, x=flock.x * float(going.level(ts[:1])) / math.sqrt(total))
+    flock = flock.weighed(going.strength(ts[0]) * going.reward(flock.x)[1])
     steps = list[Step]()
     for index, (t, s) in enumerate(itertools.pairwise(ts)):
         field = going.field(flock.x, t, flock.cond)
-        flock = flock.weighed(_bounded(going.log_g(field, t, s), clamp, flock.log_weight.shape))
+        log_g = going.log_g(field, ts, index)
+        flock = flock.weighed(_bounded(log_g, clamp, flock.log_weight.shape))
         allowed = window[0] <= float(t) <= window[1] and index + 2 < len(ts)
         due = flock.due(ess_below) & allowed
         before = flock
-        flock, kept = flock.resampled(due, flock.chosen(due, resample, generators))
-        there = kept.to(x.device)
-        step = going.moved(flock.x, field.eps[there], field.pull[there], t, s, zeta, generators)
-        flock = replace(flock, x=step)
+        flock, rows = flock.resampled(due, flock.chosen(due, resample, chance))
+        there = rows.to(x.device)
+        kept = field._replace(eps=field.eps[there], pull=field.pull[there])
+        flock = replace(flock, x=going.moved(flock.x, kept, t, s, (zeta, data_std), chance.moves))
         reward = field.reward.reshape(due.shape[0], -1).mean(1)
         steps.append(Step(index, float(t), ess(before.log_weight), due, unique(flock.ancestor), reward))
     clean = flock.x * going.schedule.alpha(ts[-1:])
@@ -155,8 +161,9 @@ class _Product:
         """sigma / alpha, of (1,) or (B,) times."""
         return self.schedule.sigma(t) / self.schedule.alpha(t)
 
-    def _strength(self, t: Tensor) -> float:
-        return 0.0 if self.tilt is None else self.tilt.scale * self.tilt.ramp(float(t))
+    def strength(self, t: Tensor) -> float:
+        """Of the tilt at t ()."""
+        return 0.0 if self.tilt is None else self.tilt.scale * self.tilt.ramp(float(self.level(t[None])) ** 2)
 
     def field(self, y: Tensor, t: Tensor, cond: Cond) -> Field:
         """y (B, ...), t (); by micro-batches."""
@@ -171,10 +178,11 @@ class _Product:
             eps = denoiser(x, t, {name: cond[f"{index} {name}"] for name in names}).eps
             mixed = mixed + power * eps
             squares = squares + power * _square(eps)
-        pull, reward = self._reward(y)
+        pull, reward = self.reward(y)
         return Field(mixed, _square(mixed) - squares, pull, reward)
 
-    def _reward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def reward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Its gradient (B, ...) and its value (B,) at y (B, ...)."""
         if self.tilt is None:
             return torch.zeros_like(y), torch.zeros(len(y), dtype=torch.float64)
         with torch.enable_grad():
@@ -183,32 +191,32 @@ class _Product:
             (pull,) = torch.autograd.grad(reward.sum(), at)
         return pull, reward.detach().cpu().double()
 
-    def log_g(self, field: Field, t: Tensor, s: Tensor) -> Tensor:
-        """(B,) the increments of the log-weights from t to s."""
-        level, after = float(self.level(t[None])), float(self.level(s[None]))
-        variance = level**2 - after**2
-        strength = self._strength(t)
+    def log_g(self, field: Field, ts: Tensor, index: int) -> Tensor:
+        """(B,) what ts[index] adds to the log-weights: half of both intervals around it, all of the last interval."""
+        now = ts[index]
+        level, strength = float(self.level(now[None])), self.strength(now)
         along = (field.eps.double() * field.pull.double()).flatten(1).sum(1).cpu()
         steady = field.gap / level**2 - strength * along / level
-        return variance / 2 * steady + (self._strength(s) - strength) * field.reward
+        intervals = [(ts[index], ts[index + 1], 1.0 if index + 2 == len(ts) else 0.5)]
+        if index:
+            intervals.append((ts[index - 1], ts[index], 0.5))
+        variance = sum(share * (self._variance(t) - self._variance(s)) for t, s, share in intervals)
+        gained = sum(share * (self.strength(s) - self.strength(t)) for t, s, share in intervals)
+        return variance / 2 * steady + gained * field.reward
+
+    def _variance(self, t: Tensor) -> float:
+        return float(self.level(t[None])) ** 2
 
     def moved(
-        self,
-        y: Tensor,
-        eps: Tensor,
-        pull: Tensor,
-        t: Tensor,
-        s: Tensor,
-        zeta: float,
-        generators: Sequence[torch.Generator],
+        self, y: Tensor, field: Field, t: Tensor, s: Tensor, how: tuple[float, float], generator: Randomness
     ) -> Tensor:
-        """y (B, ...) at s."""
-        level, after = float(self.level(t[None])), float(self.level(s[None]))
-        variance = level**2 - after**2
-        noise = min(zeta * math.sqrt(variance) * after / level, after)
-        y = y + (math.sqrt(after**2 - noise**2) - level) * eps
-        y = y + zeta**2 * self._strength(t) * variance / 2 * pull
-        return y + noise * normal(y.shape, generators, y.device) if noise else y
+        """y (B, ...) at s; ``how`` is zeta and data_std."""
+        zeta, data = how
+        before, after = data**2 + self._variance(t), data**2 + self._variance(s)
+        added = min(zeta**2 * (before - after) * after / before, after)
+        y = y - (before - math.sqrt(before * (after - added))) / math.sqrt(self._variance(t)) * field.eps
+        y = y + zeta**2 * (self.strength(t) + self.strength(s)) / 2 * (before - after) / 2 * field.pull
+        return y + math.sqrt(added) * normal(y.shape, generator, y.device) if added else y
 
 
 def _square(value: Tensor) -> Tensor:

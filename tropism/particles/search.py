@@ -15,7 +15,7 @@ from tropism.base import Cond, Transition, take
 from tropism.particles.fk import checked, fk_steer
 from tropism.particles.particles import Particles, unique
 from tropism.particles.trace import Step, Trace
-from tropism.particles.walking import Score, Walk, Walking, law_rows, own_generators
+from tropism.particles.walking import Chance, Score, Walk, Walking, law_rows
 from tropism.randomness import Randomness, row_generators, row_seeds
 
 
@@ -53,8 +53,8 @@ def beam_search(
     checked(x, cond, moves, at, 1.0)
     if expand < 1:
         raise ValueError(f"expand must be at least 1; got {expand}")
-    going, generators = Walking(walk, score), own_generators(generator, prompts * count)
-    children = [row_generators(row_seeds(expand, each)) for each in generators]
+    going, chance = Walking(walk, score), Chance.of(generator, prompts * count)
+    children = [row_generators(row_seeds(expand, each)) for each in chance.rows]
     times = list(itertools.pairwise(walk.ts.to(x.device, torch.float32)))
     flock, ancestor = x.flatten(0, 1).float(), torch.arange(count).expand(prompts, count)
     law, _ = going.look(flock, *times[0], cond)

@@ -18,7 +18,7 @@ from tropism.base import Cond, Denoiser, Kernel, Prediction, Schedule, Transitio
 from tropism.randomness import Randomness, row_generators, row_seeds
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""score(clean latents (N, ...), rows (N,) int64) -> (N,); higher is better, NaN is no score, row b is of prompt b // K."""
+"""score(clean latents (N, ...), rows (N,) int64) -> (N,), NaN for no score; row b is of prompt b // K."""
 
 
 class Walk(Protocol):
@@ -79,10 +79,12 @@ class Counting:
 
 def counted(denoiser: Denoiser, cost: Cost) -> Denoiser:
     """The same denoiser, counting as far inside as it goes: below guidance and other wrappers with an ``inner``."""
-    outer: Any = denoiser
-    if not dataclasses.is_dataclass(outer) or all(each.name != "inner" for each in dataclasses.fields(outer)):
+    inner: Denoiser | None = getattr(denoiser, "inner", None)
+    if inner is None or not hasattr(type(denoiser), "__dataclass_fields__"):
         return Counting(denoiser, cost)
-    return dataclasses.replace(outer, inner=counted(outer.inner, cost))  # type: ignore[type-var, no-any-return]
+    replaced: Any = dataclasses.replace
+    wrapped: Denoiser = replaced(denoiser, inner=counted(inner, cost))
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,30 @@ def laws_below(laws: Sequence[Transition]) -> Transition:
     return type(first)(*(torch.cat([getattr(law, name) for law in laws]) for name in names))  # type: ignore[no-any-return]
 
 
-def own_generators(generator: Randomness, rows: int) -> list[torch.Generator]:
-    """One a row: those given, or seeded by the single one. Raises ValueError for another number of them."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return row_generators(row_seeds(rows, generator))
-    if len(generator) != rows:
-        raise ValueError(f"{len(generator)} generators for {rows} particles; wanted one a row, or a single one")
-    return list(generator)
+@dataclass(frozen=True)
+class Chance:
+    """The randomness of P * K particles, micro-batched or not: one generator for all, or one a row.
+
+    One for all is the faster. With one a row, a prompt's particles do not depend on what they are batched with either.
+    """
+
+    moves: Randomness  # draws the noise of all rows at once
+    rows: list[torch.Generator]  # one a row, for what is drawn by micro-batches
+
+    @staticmethod
+    def of(generator: Randomness, rows: int) -> Chance:
+        """Raises ValueError for another number of generators."""
+        if generator is None or isinstance(generator, torch.Generator):
+            return Chance(generator, row_generators(row_seeds(rows, generator)))
+        if len(generator) != rows:
+            raise ValueError(f"{len(generator)} generators for {rows} particles; wanted one a row, or a single one")
+        return Chance(list(generator), list(generator))
+
+    def of_prompts(self, places: Tensor, count: int) -> Randomness:
+        """For resampling prompts ``places`` (N,): the single one, or that of each prompt's first row."""
+        if self.moves is None or isinstance(self.moves, torch.Generator):
+            return self.moves
+        return [self.rows[place * count] for place in places.tolist()]
 
 
 class Walking:
