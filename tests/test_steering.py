@@ -30,7 +30,9 @@ from tropism.rewards import as_reward
 from tropism.samplers import DDIM
 from tropism.steer import steer
 from tropism.steering import Plain, Steered, Task, Trace, image_seeds, steer_policy
+from tropism.steering.beam import Settings as Beam
 from tropism.steering.best_of_n import Settings as BestOfN
+from tropism.steering.fk import Settings as Fk
 
 NAMES = ["left", "right", "up"]
 MEANS = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
@@ -112,13 +114,33 @@ def test_best_of_n_costs_n_and_is_the_best_of_them(guidance: float) -> None:
     assert trace.seconds > trace.reward_seconds > 0
 
 
-def test_a_sample_depends_on_its_seed_alone() -> None:
+SEARCHES = [BestOfN(particles=3), Fk(particles=3, every=1, scale=2.0), Beam(particles=2, every=1)]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda search: type(search).__module__.rpartition(".")[2])
+def test_a_sample_depends_on_its_seed_alone(search: BestOfN) -> None:
     seeds = image_seeds(3, 2)
-    together, _ = drawn([BestOfN(particles=3)], NAMES, seeds)
-    small, _ = drawn([BestOfN(particles=3)], NAMES, seeds, microbatch=2)
-    alone, _ = drawn([BestOfN(particles=3)], ["up"], seeds[2:])
+    together, _ = drawn([search], NAMES, seeds)
+    small, _ = drawn([search], NAMES, seeds, microbatch=2)
+    alone, _ = drawn([search], ["up"], seeds[2:])
     assert torch.allclose(together.latents, small.latents, atol=1e-6)
     assert torch.allclose(together.latents[2:], alone.latents, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("search", "moves", "scored"),
+    [(SEARCHES[1], [2, 3, 4, 6], 12), (SEARCHES[2], [3, 4, 5, 6], 14)],
+    ids=["fk", "beam"],
+)
+def test_searches_say_what_they_decided(search: Fk | Beam, moves: list[int], scored: int) -> None:
+    """Six moves, of which those from 0.2 to 0.8 of the chain decide: 2, 3 and 4. A beam looks at the states after."""
+    found, trace = drawn([search], NAMES * 8, image_seeds(24, 5))
+    plain, _ = drawn([], NAMES * 8, image_seeds(24, 5))
+    assert float(((found.latents - plain.latents) @ Line.direction).mean()) > 0.5
+    assert [step["move"] for step in trace.steps] == moves
+    assert trace.scored == scored
+    assert all(1 <= step["unique_ancestors"] <= search.particles for step in trace.steps)
+    assert all(1 <= step["ess"] <= search.particles + 1e-9 for step in trace.steps)
 
 
 def test_what_has_no_score_is_never_the_best() -> None:
@@ -199,6 +221,10 @@ def test_steer_in_python() -> None:
         ("best-of-n+best-of-n", {}, "with best-of-n twice; give it once"),
         ("best-of-n", {"particle": 2}, "best-of-n has no setting particle; wanted some of particles"),
         ("best-of-n", {"particles": 0}, "particles is 0; wanted at least 1"),
+        ("fk", {"window": (0.9, 0.1)}, "window is 0.9 0.1; wanted two shares of the chain"),
+        ("fk", {"ess_below": 0.0}, "ess_below is 0.0; wanted above 0"),
+        ("fk+beam", {}, "fk and beam both decide how chains are run"),
+        ("fk", {"noise_level": 0.0}, "chains of one origin must part"),
         (BestOfN(), {"particles": 2}, "particles given beside steerers that are made already"),
     ],
 )

@@ -6,13 +6,11 @@ that is drawn without steering, so at equal seeds it is never worse by its own r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from tropism.base import pick
+from tropism.particles import best_of_n
 from tropism.steering.settings import SearchSettings
-from tropism.steering.task import Plain, Steered, Task
+from tropism.steering.task import Steered, Task, of_particles
 
 
 @dataclass(frozen=True)
@@ -20,11 +18,6 @@ class Settings(SearchSettings):
     """Several samples of each prompt, of which the best is shown."""
 
     def draw(self, task: Task) -> Steered:
-        """Plain samples; one without a score is never the best while another has one."""
-        rows = torch.arange(task.count).repeat_interleave(self.particles)
-        wide = replace(task, prompts=pick(task.prompts, rows), seeds=task.branched(self.particles))
-        latents = Plain().draw(wide).latents
-        scores = task.score(latents, rows).reshape(task.count, self.particles)
-        best = scores.nan_to_num(-torch.inf).argmax(1)
-        every = latents.reshape(task.count, self.particles, *latents.shape[1:])
-        return Steered(every[torch.arange(task.count), best.to(latents.device)])
+        """As the policy draws; a sample without a score is never the best while another has one."""
+        x, cond, generators, score = task.particles(self.particles)
+        return of_particles(*best_of_n(task.policy, x, cond, score, generator=generators))

@@ -25,3 +25,31 @@ class SearchSettings(SteererSettings):
         super().check()
         if self.particles < 1:
             raise ValueError(f"particles is {self.particles}; wanted at least 1")
+
+
+@dataclass(frozen=True)
+class ResamplingSettings(SearchSettings):
+    """Flags and YAML keys of searches that decide on the way."""
+
+    every: int = 4
+    """Moves between decisions."""
+    window: tuple[float, float] = (0.2, 0.8)
+    """Shares of the chain between which is decided."""
+    eta: float = 1.0
+    """Noise of the moves of a diffusion model (DDIM's eta): without it chains of one origin would stay equal."""
+    noise_level: float = 0.7
+    """Noise of the moves of a flow (Flow-GRPO's SDE)."""
+
+    def check(self) -> None:
+        """As a search's, and the ranges above."""
+        super().check()
+        low, high = self.window
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; wanted at least 1 move between decisions")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"window is {low} {high}; wanted two shares of the chain from 0 to 1, the smaller first")
+        if not 0 < self.eta <= 1 or self.noise_level <= 0:
+            raise ValueError(
+                f"eta is {self.eta} and noise_level {self.noise_level}; wanted above 0 (eta up to 1): chains of one "
+                "origin must part"
+            )

@@ -7,18 +7,23 @@ prompt are run. Both are given the same ``Task``; guides compose with each other
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tropism.base import Cond, Prompts, Reward, pick, take
 from tropism.counting import Counted
+from tropism.particles import Particles
+from tropism.particles import Trace as ParticleTrace
 from tropism.policy import Guide, Policy, score_latents
 from tropism.randomness import branches, normal, row_generators, row_seeds
+from tropism.samplers import DDIM, EulerODE, FlowSDE
 
+ParticleScore = Callable[[Tensor, Tensor], Tensor]
+"""score(latents (N, ...), rows (N,) among P * count) -> (N,)."""
 ROW = "guidance_row"
 """The entry of cond (N,) that says to which prompt of the task a row belongs; it never reaches a network."""
 
@@ -85,6 +90,27 @@ class Task:
         shape = (len(generators), *self.policy.model.latent_shape)
         return normal(shape, generators, self.policy.device), generators
 
+    def noisy(self, eta: float, noise_level: float) -> Task:
+        """With chance in the moves, which particles of one origin need to part: DDIM(eta) for DDIM, Flow-GRPO's SDE for
+        Euler's method, and hops that draw noise as they are."""
+        kernel = self.policy.kernel
+        if isinstance(kernel, EulerODE):
+            kernel = FlowSDE(noise_level)
+        elif isinstance(kernel, DDIM):
+            kernel = DDIM(eta)
+        return replace(self, policy=self.policy.with_(kernel=kernel))
+
+    def particles(self, count: int) -> tuple[Tensor, Cond, list[torch.Generator], ParticleScore]:
+        """What a particle system is started with: noise (P, count, ...), conditions and generators of P * count rows,
+        and the score of latents of such rows."""
+        x, generators = self.start(count)
+        return (
+            x.unflatten(0, (self.count, count)),
+            self.cond(count),
+            generators,
+            lambda latents, rows: self.score(latents, rows // count),
+        )
+
     def guided(self, guide: Guide) -> Task:
         """With ``guide`` around what the policy has already."""
         inner = self.policy.guide
@@ -98,7 +124,7 @@ class Steered:
 
     latents: Tensor  # (P, ...) clean
     steps: Sequence[Mapping[str, float]] = ()  # a row a move at which something was decided
-    particles: Any = None  # all that were run, with their weights, where there were several
+    particles: Particles | None = None  # all that were run, with their weights, where there were several
 
 
 @dataclass(frozen=True)
@@ -110,7 +136,7 @@ class Trace:
     seconds: float  # a sample, all in all
     reward_seconds: float  # of these
     steps: Sequence[Mapping[str, float]] = field(default_factory=list)
-    particles: Any = None
+    particles: Particles | None = None
 
 
 @runtime_checkable
@@ -147,6 +173,22 @@ class Plain:
             *_, last = task.policy.chain(x[rows], take(cond, rows.to(x.device)), [generators[row] for row in rows])
             ends.append(last.x_next)
         return Steered(torch.cat(ends))
+
+
+def of_particles(particles: Particles, trace: ParticleTrace) -> Steered:
+    """The best of each prompt's particles, with the means of what was decided at every step."""
+    steps = [
+        {
+            "move": step.index,
+            "t": step.t,
+            "ess": float(step.ess.mean()),
+            "resampled": float(step.resampled.double().mean()),
+            "unique_ancestors": float(step.unique_ancestors.double().mean()),
+            "reward": float(step.reward.double().nanmean()),
+        }
+        for step in trace.steps
+    ]
+    return Steered(particles.at(particles.best()), steps, particles)
 
 
 def check_steerers(steerers: Sequence[object]) -> Search | None:
