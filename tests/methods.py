@@ -17,7 +17,21 @@ from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
 from tropism.data.prompts import PromptSet, batches
-from tropism.methods import alignprop, dance_grpo, ddpo, draft, flow_grpo, lasro, lcm, pso, raft, refl, rlcm, rwr
+from tropism.methods import (
+    alignprop,
+    dance_grpo,
+    ddpo,
+    distill_samples,
+    draft,
+    flow_grpo,
+    lasro,
+    lcm,
+    pso,
+    raft,
+    refl,
+    rlcm,
+    rwr,
+)
 from tropism.methods.settings import MethodSettings
 from tropism.models.toy import MODES, PROMPTS, ToyTextToImage
 from tropism.policy import Policy
@@ -71,6 +85,9 @@ DIFFEXP = dict(explore_guidance=1.0, explore_until=0.5, explore_weights=(0.8, 1.
 # A beta for two dimensions: log-ratios are means over dimensions, of which a picture has thousands.
 PSO = dict(inference_steps=4, pairs_per_prompt=2, beta=1.0, ratio_range=0.0, learning_rate=3e-4)
 
+STEERED = dict(images_per_prompt=2, particles=4, every=2, scale=10.0)
+BEST = dict(steer="best-of-n")
+
 # Beside each row: the worst of six seeds (0 to 5; the test runs seed 0). The floors leave it about as much room again.
 ROWS = [
     Row("ddpo", _settings(ddpo.Settings), floor=-0.1),  # -0.051
@@ -89,6 +106,8 @@ ROWS = [
     Row("draft_lv", _settings(draft.Settings, repeats=2), floor=-0.03),  # -0.012
     Row("refl", _settings(refl.Settings), floor=-0.1),  # -0.047
     Row("raft", _settings(raft.Settings, **UNGUIDED), floor=-0.1),  # -0.053
+    Row("distill_samples", _settings(distill_samples.Settings, **UNGUIDED, **STEERED), floor=-0.1),
+    Row("distill_samples_best", _settings(distill_samples.Settings, **UNGUIDED, **STEERED | BEST), floor=-0.1),
     # three seeds each: -0.029 and -0.090
     Row("rlcm", _settings(rlcm.Settings, inference_steps=4, learning_rate=3e-4), floor=-0.07, steps=40, few=4),
     Row("lasro", _settings(lasro.Settings, inference_steps=2, learning_rate=3e-4), floor=-0.18, few=2),

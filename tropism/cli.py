@@ -125,6 +125,7 @@ COMMANDS: Mapping[str, Command] = {
 }
 SHARED, OWN = "settings of every run", "settings of {}"
 PRESET = "demo.yaml"
+SAMPLES = "distill-samples"  # the method that has a command of its own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,6 +157,7 @@ def _dispatch(words: list[str]) -> int:
         "demo": _demo,
         "train": _train,
         "distill": _distill,
+        "distill-samples": lambda words: _train([SAMPLES, *words]),
         "doctor": _doctor,
         "methods": _methods,
     }
@@ -181,6 +183,7 @@ def _help() -> str:
         "demo": "train a small model that comes with the package, in minutes",
         "train METHOD": "train a model (tropism train METHOD --help lists the settings)",
         "distill METHOD": "make a model that draws in one to eight moves (tropism distill --help lists the methods)",
+        SAMPLES: "train a model on its own steered samples, so that it draws so by itself",
         "doctor METHOD": "look for what is wrong with a run before it is started; settings as for train",
         **{" ".join([name, each.leading.upper()]).strip(): each.line for name, each in COMMANDS.items()},
         "methods": "list the methods and their settings",

@@ -16,7 +16,7 @@ from tropism.guidance.cfg import Guided, Scale
 from tropism.guidance.told import Told
 from tropism.processes import ALONE, Processes
 from tropism.randomness import Randomness, normal, row_generators, row_seeds
-from tropism.samplers.chain import Move, walk
+from tropism.samplers.chain import Move, Walk, walk
 
 Guide = Callable[[Denoiser], Denoiser]
 """A belief that is steered: a denoiser around a denoiser."""
@@ -29,6 +29,7 @@ class Policy:
     """``steps`` moves of ``kernel`` through the guided ``model``, from noise to a clean latent.
 
     ``guidance`` is a number, a ``Scale``, or None for the model's default; ``guide`` goes around the guided denoiser.
+    ``walker`` is how the grid is walked.
     ``detach_null`` keeps gradients out of the unconditional branch. ``microbatch`` bounds how many chains run at once;
     it never changes what they are, because every chain has its own noise. Several ``processes`` share the chains of a
     batch, and each ends up with all of them.
@@ -42,6 +43,7 @@ class Policy:
     microbatch: int = 64
     processes: Processes = ALONE
     guide: Guide | None = None
+    walker: Walk = walk
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -83,7 +85,7 @@ class Policy:
 
     def chain(self, x: Tensor, cond: Cond, generator: Randomness = None) -> Iterator[Move]:
         """The moves from x (B, ...); gradients are kept or not by the caller's context."""
-        return walk(self.kernel, self.denoiser, x, self.ts, cond, generator)
+        return self.walker(self.kernel, self.denoiser, x, self.ts, cond, generator)
 
     @torch.no_grad()
     def draw(

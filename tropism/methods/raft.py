@@ -95,7 +95,7 @@ class RAFT:
     def experience(self, batch: Prompts) -> Iterator[Iterator[Kept]]:
         """Samples, scores and weighs a batch, then yields what has weight, shuffled, in ``updates`` slices a pass, with
         fresh times and noise each pass."""
-        latents, reward = scored_draw(self.policy, self.reward, batch, self.generator)
+        latents, reward = self.sampled(batch)
         info = reward_statistics(reward, batch.group)
         weight = self.weigh(reward.cpu(), batch.group)
         rows = weight.nonzero().flatten()
@@ -108,6 +108,10 @@ class RAFT:
             order = torch.randperm(len(rows), generator=self.generator)
             for parts in slices(order, self.updates, self.minibatch, self.policy.processes):
                 yield (Kept(latents[i], t[i], eps[i], weight[i], take(shown, i), info) for i in parts)
+
+    def sampled(self, batch: Prompts) -> tuple[Tensor, Tensor]:
+        """Clean latents (B, ...) and their rewards (B,)."""
+        return scored_draw(self.policy, self.reward, batch, self.generator)
 
     def loss(self, kept: Kept) -> Loss:
         """The denoising error in the network's own target, at uniform times, weighted."""

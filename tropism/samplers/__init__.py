@@ -1,6 +1,6 @@
 """One step per file; a step is a kernel. ``chain.walk`` is the one loop."""
 
-from tropism.samplers.chain import Move, walk
+from tropism.samplers.chain import Move, Walk, walk
 from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
@@ -19,6 +19,7 @@ __all__ = [
     "Heun",
     "Jump",
     "Move",
+    "Walk",
     "noise_until",
     "solver",
     "stochastic_solver",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ class Move(NamedTuple):
     transition: Transition  # the law of the next state
     prediction: Prediction  # what the denoiser believed at (x, t)
     x_next: Tensor  # (B, ...) the draw
+
+
+class Walk(Protocol):
+    """A way to walk a grid: ``walk`` itself, or one that does more on the way."""
+
+    def __call__(
+        self, kernel: Kernel, denoiser: Denoiser, x: Tensor, ts: Tensor, cond: Cond, generator: Randomness = None
+    ) -> Iterator[Move]: ...
 
 
 def walk(

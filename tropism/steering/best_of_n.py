@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tropism.particles import best_of_n
+import torch
+
+from tropism.particles import Particles
 from tropism.steering.settings import SearchSettings
-from tropism.steering.task import Steered, Task, of_particles
+from tropism.steering.task import Steered, Task, chains
 
 
 @dataclass(frozen=True)
@@ -19,5 +21,9 @@ class Settings(SearchSettings):
 
     def draw(self, task: Task) -> Steered:
         """As the policy draws; a sample without a score is never the best while another has one."""
-        x, cond, generators, score = task.particles(self.particles)
-        return of_particles(*best_of_n(task.policy, x, cond, score, generator=generators))
+        latents, shape = chains(task, self.particles), (task.count, self.particles)
+        rows = torch.arange(task.count).repeat_interleave(self.particles)
+        reward, equal = task.score(latents, rows).reshape(shape), torch.zeros(shape, dtype=torch.float64)
+        every = torch.arange(self.particles).expand(shape)
+        found = Particles(latents.unflatten(0, shape), equal, every, equal[:, 0], reward)
+        return Steered(found.at(found.best()), particles=found)

@@ -20,7 +20,7 @@ from tropism.particles import Particles
 from tropism.particles import Trace as ParticleTrace
 from tropism.policy import Guide, Policy, score_latents
 from tropism.randomness import branches, normal, row_generators, row_seeds
-from tropism.samplers import DDIM, EulerODE, FlowSDE
+from tropism.samplers import DDIM, EulerODE, FlowSDE, walk
 
 ParticleScore = Callable[[Tensor, Tensor], Tensor]
 """score(latents (N, ...), rows (N,) among P * count) -> (N,)."""
@@ -102,7 +102,13 @@ class Task:
 
     def particles(self, count: int) -> tuple[Tensor, Cond, list[torch.Generator], ParticleScore]:
         """What a particle system is started with: noise (P, count, ...), conditions and generators of P * count rows,
-        and the score of latents of such rows."""
+        and the score of latents of such rows. Raises ValueError for a policy that walks in its own way: a particle
+        system does."""
+        if self.policy.walker is not walk:
+            raise ValueError(
+                "a guide of this sample decides how its chain is walked, and so does this search; take best-of-n, or "
+                "leave the guide out"
+            )
         x, generators = self.start(count)
         return (
             x.unflatten(0, (self.count, count)),
@@ -164,15 +170,19 @@ class Plain:
     def check(self) -> None:
         """Nothing can be wrong."""
 
-    @torch.no_grad()
     def draw(self, task: Task) -> Steered:
-        """As the policy draws, by micro-batches."""
-        (x, generators), cond = task.start(), task.cond()
-        ends = []
-        for rows in torch.arange(task.count).split(task.policy.microbatch):
-            *_, last = task.policy.chain(x[rows], take(cond, rows.to(x.device)), [generators[row] for row in rows])
-            ends.append(last.x_next)
-        return Steered(torch.cat(ends))
+        """As the policy draws."""
+        return Steered(chains(task, 1))
+
+
+@torch.no_grad()
+def chains(task: Task, each: int) -> Tensor:
+    """``each`` samples of every prompt, (P * each, ...), by micro-batches, as the policy walks."""
+    (x, generators), cond, ends = task.start(each), task.cond(each), []
+    for rows in torch.arange(len(x)).split(task.policy.microbatch):
+        *_, last = task.policy.chain(x[rows], take(cond, rows.to(x.device)), [generators[row] for row in rows])
+        ends.append(last.x_next)
+    return torch.cat(ends)
 
 
 def of_particles(particles: Particles, trace: ParticleTrace) -> Steered:
