@@ -46,13 +46,17 @@ class Scorer:
         self.rows, self.seconds = self.rows + len(rows), self.seconds + time.perf_counter() - started
         return torch.cat(scores).float()
 
-    def value(self, latents: Tensor, rows: Tensor) -> Tensor:
-        """The same with its graph, in one piece. Raises TypeError for a reward without a gradient."""
+    def check_gradient(self) -> None:
+        """Raises TypeError for a reward without a gradient."""
         if not self.reward.differentiable:
             raise TypeError(
                 f"reward '{self.reward.name}' has no gradient, which this guide follows; take a reward that has one, "
                 "such as clip, or a search that needs values only: best-of-n, beam, fk"
             )
+
+    def value(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """The same with its graph, in one piece. Raises TypeError for a reward without a gradient."""
+        self.check_gradient()
         own, started = pick(self.prompts, rows.cpu()), time.perf_counter()
         scores = self.reward(self.policy.model.decode(latents), own.text, **own.columns)
         self.rows, self.seconds = self.rows + len(rows), self.seconds + time.perf_counter() - started
