@@ -3,4 +3,7 @@
 from tropism.guidance.cfg import Guided, Scale, constant, interval, network_cond, step
 from tropism.guidance.told import Told
 
-__all__ = ["Guided", "Scale", "Told", "constant", "interval", "network_cond", "step"]
+ROW = "guidance_row"
+"""The entry of cond (B,) that says of which prompt a row is, for guides that look it up; no network sees it."""
+
+__all__ = ["ROW", "Guided", "Scale", "Told", "constant", "interval", "network_cond", "step"]
