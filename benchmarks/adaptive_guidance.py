@@ -1,9 +1,9 @@
 """Adaptive guidance on the shipped pipelines: calls of the network saved, and whether the pictures stay the same.
 
 Held-out captions from the same noise, the pipeline's own guidance, no chance in the walk. Calls are rows of the
-network an image. SSIM is against full guidance in as many moves. ``linear N`` asks for the half without prompt at every
-N-th move of the first half of the chain, at none of the second (the paper's policy, where N is 2); its coefficients are
-fitted on chains of training captions, with another seed. ``full K`` is full guidance in K moves, for the same calls.
+network an image. SSIM is against full guidance in as many moves. ``linear`` asks for the half without prompt
+at these moves alone (every second of the first half is the paper's policy); its coefficients are fitted on chains of
+training captions, with another seed. ``full K`` is full guidance in K moves, for the same calls.
 
     python benchmarks/adaptive_guidance.py --model scenes-flow
 """
@@ -26,11 +26,6 @@ from tropism.randomness import normal, row_generators, row_seeds
 from tropism.samplers import solver
 
 
-def asked(steps: int, every: int) -> list[bool]:
-    """Every so many moves of the first half."""
-    return [move % every == 0 and move < steps / 2 for move in range(steps)]
-
-
 def memories(model: object, count: int, steps: int, batch: int = 32) -> list:
     """Of fully guided chains of training captions."""
     text = captions(f"scenes:{count}")
@@ -51,32 +46,30 @@ def memories(model: object, count: int, steps: int, batch: int = 32) -> list:
 def main() -> None:
     """Fits, draws, compares, prints."""
     flags = parser(__doc__)
-    flags.add_argument("--thresholds", type=float, nargs="+", default=[0.98, 0.99])
-    flags.add_argument("--every", type=int, nargs="+", default=[2, 4])
-    flags.add_argument("--both", type=float, nargs="*", default=[0.98], help="thresholds of LinearAG (2) with AG")
-    flags.add_argument("--fewer", type=int, nargs="*", default=[12])
+    flags.add_argument("--thresholds", type=float, nargs="+", default=[0.99, 0.98])
+    flags.add_argument("--asked", nargs="+", default=["0,1,2,4", "0,2,4,6,8"], help="moves at which linear asks")
+    flags.add_argument("--both", type=float, nargs="*", default=[], help="thresholds of the first linear with AG")
+    flags.add_argument("--fewer", type=int, nargs="*", default=[])
     flags.add_argument("--chains", type=int, default=96)
     flags.add_argument("--save", type=Path, help="a folder for the coefficients")
     options = flags.parse_args()
     model, text, steps = load(options.model), captions(options.captions), options.steps
     chains = memories(model, options.chains, steps)
     ts = model.grid(steps)
-    fitted: dict[int, Linear] = {
-        n: fit_linear(chains, ts, model.guidance_scale, asked(steps, n)) for n in options.every
-    }
-    for n, each in fitted.items():
-        print(
-            f"linear {n}: relative error of the fit {', '.join('-' if e is None else f'{e:.4f}' for e in each.error)}"
-        )
-        print("largest coefficient", max(abs(c) for row in each.coefficients if row for c in row))
+    fitted: dict[str, Linear] = {}
+    for name in options.asked:
+        moves = {int(move) for move in name.split(",")}
+        fitted[name] = fit_linear(chains, ts, model.guidance_scale, [move in moves for move in range(steps)])
+    for name, each in fitted.items():
+        errors = ", ".join("-" if error is None else f"{error:.4f}" for error in each.error)
+        print(f"linear {name}: relative error of the fit {errors}")
         if options.save:
-            each.save(options.save / f"{options.model}-linear-{n}.json")
+            each.save(options.save / f"{options.model}-{name.replace(',', '-')}.json")
+    first_linear = next(iter(fitted.values()))
     variants: list[tuple[str, Walk | None, int]] = [("full", None, steps)]
     variants += [(f"AG {value:g}", adaptive(value), steps) for value in options.thresholds]
-    variants += [(f"linear {n}", adaptive(linear=each), steps) for n, each in fitted.items()]
-    variants += [
-        (f"linear {options.every[0]}, AG {v:g}", adaptive(v, fitted[options.every[0]]), steps) for v in options.both
-    ]
+    variants += [(f"linear {name}", adaptive(linear=each), steps) for name, each in fitted.items()]
+    variants += [(f"linear {options.asked[0]}, AG {v:g}", adaptive(v, first_linear), steps) for v in options.both]
     variants += [(f"full {count}", None, count) for count in options.fewer]
     head("guidance", "calls", "saved", "CPU s", "verified", "gain, paired", "SSIM", "SSIM, 5th percentile")
     first: Drawn | None = None

@@ -140,4 +140,5 @@ def _replaced(denoiser: Any, guided: Guided, known: Denoiser) -> Denoiser:
     """The denoiser with ``known`` in the place of ``guided``."""
     if denoiser is guided:
         return known
-    return replace(denoiser, inner=_replaced(denoiser.inner, guided, known))
+    changed: Denoiser = replace(denoiser, inner=_replaced(denoiser.inner, guided, known))
+    return changed

@@ -22,6 +22,8 @@ from tropism.denoisers import END
 
 Scale = Callable[[Tensor, Cond], Tensor]
 """scale(t (B,), cond) -> w (B,). It sees every entry of cond."""
+ROW = "guidance_row"
+"""The entry of cond (B,) that says of which prompt a row is, for guides that look it up."""
 
 
 def constant(w: float) -> Scale:
