@@ -22,6 +22,8 @@ from tropism.denoisers import END
 
 Scale = Callable[[Tensor, Cond], Tensor]
 """scale(t (B,), cond) -> w (B,). It sees every entry of cond."""
+ROW = "guidance_row"
+"""The entry of cond (B,) that says of which prompt a row is, for guides that look it up."""
 
 
 def constant(w: float) -> Scale:
@@ -83,17 +85,37 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, ...), t (B,), cond rows (B, ...). Raises ValueError when cond and null have different entries."""
-        rows = network_cond(cond)
         if not callable(self.scale) and self.scale == 1:
-            return self.inner(x, t, rows)
-        w = self.scale(t, cond) if callable(self.scale) else torch.full_like(t, self.scale)
-        null = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in network_cond(self.null).items()}
-        null |= {END: rows[END]} if END in rows else {}  # where to jump is the same with and without the prompt
-        both = self.inner(torch.cat([x, x]), torch.cat([t, t]), concat(rows, null))
-        return Prediction(self._combined(both.x0, w), self._combined(both.eps, w))
+            return self.inner(x, t, network_cond(cond))
+        return self.joined(*self.halves(x, t, cond), t, cond)
 
-    def _combined(self, half: Tensor, w: Tensor) -> Tensor:
-        """(2B, ...) and (B,) -> (B, ...)."""
-        cond, null = half.chunk(2)
+    def halves(self, x: Tensor, t: Tensor, cond: Cond, asked: Tensor | None = None) -> tuple[Prediction, Prediction]:
+        """What is believed with the prompt and without it; x (B, ...), t (B,), in one pass of 2B rows.
+
+        ``asked`` (B,) bool are the rows that are asked without their prompt, of which alone the pass then has a second
+        copy; the other rows' second half is their first.
+        """
+        rows = network_cond(cond)
+        again = x if asked is None else x[asked]
+        if not len(again):
+            alone = self.inner(x, t, rows)
+            return alone, alone
+        null = {name: value.expand(len(again), *value.shape[1:]) for name, value in network_cond(self.null).items()}
+        if END in rows:  # where to jump is the same with and without the prompt
+            null[END] = rows[END] if asked is None else rows[END][asked]
+        times = torch.cat([t, t if asked is None else t[asked]])
+        both = self.inner(torch.cat([x, again]), times, concat(rows, null))
+        told = Prediction(both.x0[: len(x)], both.eps[: len(x)])
+        rest = Prediction(both.x0[len(x) :], both.eps[len(x) :])
+        if asked is None:
+            return told, rest
+        return told, Prediction(told.x0.index_put((asked,), rest.x0), told.eps.index_put((asked,), rest.eps))
+
+    def joined(self, told: Prediction, null: Prediction, t: Tensor, cond: Cond) -> Prediction:
+        """null + w (told - null) of both halves, (B, ...) each, with the scale at (t, cond)."""
+        w = self.scale(t, cond) if callable(self.scale) else torch.full_like(t, self.scale)
+        return Prediction(self._between(null.x0, told.x0, w), self._between(null.eps, told.eps, w))
+
+    def _between(self, null: Tensor, told: Tensor, w: Tensor) -> Tensor:
         null = null.detach() if self.detach_null else null
-        return null + bcast(w, cond) * (cond - null)
+        return null + bcast(w, told) * (told - null)

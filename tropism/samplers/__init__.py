@@ -6,6 +6,7 @@ from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
 from tropism.samplers.heun import Heun
 from tropism.samplers.jump import Jump
+from tropism.samplers.recurrent import noised_up, recurrent_walk
 from tropism.samplers.solver import solver, stochastic_solver
 from tropism.samplers.until import noise_until
 from tropism.samplers.widen import widen
@@ -21,6 +22,8 @@ __all__ = [
     "Move",
     "Walk",
     "noise_until",
+    "noised_up",
+    "recurrent_walk",
     "solver",
     "stochastic_solver",
     "walk",
