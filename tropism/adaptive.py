@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,7 @@ from tropism.base import Cond, Denoiser, Kernel
 from tropism.guidance.adaptive import Known, Linear, Memory, Partly, agreement, said
 from tropism.guidance.cfg import Guided
 from tropism.randomness import Randomness
-from tropism.samplers.chain import Move
-
-
-class Walk(Protocol):
-    """What ``samplers.walk`` is: a chain of moves."""
-
-    def __call__(
-        self, kernel: Kernel, denoiser: Denoiser, x: Tensor, ts: Tensor, cond: Cond, generator: Randomness = None
-    ) -> Iterator[Move]: ...
+from tropism.samplers.chain import Move, Walk
 
 
 def adaptive(threshold: float | None = None, linear: Linear | None = None) -> Walk:

@@ -4,8 +4,8 @@
 the chains of a prompt are run), or both halves of one method. See ``task``.
 """
 
+from tropism.guidance import ROW
 from tropism.steering.task import (
-    ROW,
     Guiding,
     Plain,
     Scorer,

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tropism.base import Cond, bcast, take
+from tropism.guidance import ROW
 from tropism.policy import Policy
 from tropism.samplers import noise_until
 from tropism.steering.settings import SteererSettings
-from tropism.steering.task import ROW, Steered, Task
+from tropism.steering.task import Steered, Task
 
 
 @dataclass(frozen=True)

@@ -53,3 +53,24 @@ class ResamplingSettings(SearchSettings):
                 f"eta is {self.eta} and noise_level {self.noise_level}; wanted above 0 (eta up to 1): chains of one "
                 "origin must part"
             )
+
+
+@dataclass(frozen=True)
+class GradientSettings(SteererSettings):
+    """Flags and YAML keys of guides that follow a reward's gradient."""
+
+    scale: float = 10.0
+    """Of the reward in the law exp(scale reward) that the samples are tilted by."""
+    times: tuple[float, float] = (0.0, 0.9)
+    """Times (1 is noise, 0 is clean) between which is guided."""
+    limit: float | None = 0.3
+    """How far the believed sample is moved at most, as a root mean square (latents have about 1); none: no limit."""
+
+    def check(self) -> None:
+        """As every steerer's, and the ranges above."""
+        super().check()
+        low, high = self.times
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"times is {low} {high}; wanted two times from 0 to 1, the smaller first")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit is {self.limit}; wanted above 0, or none")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tropism.base import Cond, Prompts, Reward, pick, take
 from tropism.counting import Counted
+from tropism.guidance import ROW
 from tropism.particles import Particles
 from tropism.particles import Trace as ParticleTrace
 from tropism.policy import Guide, Policy, score_latents
@@ -24,8 +25,6 @@ from tropism.samplers import DDIM, EulerODE, FlowSDE, walk
 
 ParticleScore = Callable[[Tensor, Tensor], Tensor]
 """score(latents (N, ...), rows (N,) among P * count) -> (N,)."""
-ROW = "guidance_row"
-"""The entry of cond (N,) that says to which prompt of the task a row belongs; it never reaches a network."""
 
 
 @dataclass

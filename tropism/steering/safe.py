@@ -1,0 +1,73 @@
+"""Safe denoising: draw away from pictures that are not wanted.
+
+Kim et al.: Training-Free Safe Denoisers for Safe Use of Diffusion Models, 2025 (2502.08011). The negation set is a
+folder of pictures; no reward is followed. ``guidance.safe`` has the formula and the departures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tropism.data.images import read_images
+from tropism.guidance import KernelOdds, Safe
+from tropism.steering.settings import SteererSettings
+from tropism.steering.task import Task
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Settings(SteererSettings):
+    """A negation set of pictures."""
+
+    avoid: str = ""
+    """A folder of pictures of what is not wanted, of the model's own size."""
+    keep: str = ""
+    """A folder of pictures of what is wanted, with which those are compared; empty: by distance alone."""
+    strength: float = 1.0
+    """Of the odds that a sample is becoming one of those to avoid, where there is nothing to compare with."""
+    prior: float = 0.5
+    """Share of what is drawn that would be like those to avoid, where there is something to compare with."""
+    bandwidth: float = 0.3
+    """How far around each picture's latent its likes are thought to lie."""
+    most: float = 5.0
+    """Most that these odds are taken for."""
+    times: tuple[float, float] = (0.3, 1.0)
+    """Times (1 is noise, 0 is clean) between which is guided."""
+
+    def check(self) -> None:
+        """As every steerer's; there must be pictures."""
+        super().check()
+        low, high = self.times
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"times is {low} {high}; wanted two times from 0 to 1, the smaller first")
+        if not self.strength > 0 or not self.bandwidth >= 0 or not self.most > 0:
+            raise ValueError(
+                f"strength is {self.strength}, bandwidth {self.bandwidth} and most {self.most}; wanted above 0, 0 or "
+                "more, and above 0"
+            )
+        if not 0 < self.prior < 1:
+            raise ValueError(f"prior is {self.prior}; wanted a share between 0 and 1")
+        for name, folder in {"avoid": self.avoid, **({"keep": self.keep} if self.keep else {})}.items():
+            if not pictures_in(folder):
+                said = folder or "not given"
+                raise ValueError(f"{name} is {said}, without pictures; wanted a folder with .png or .jpg files")
+
+    def guide(self, task: Task) -> Task:
+        """Raises ValueError for pictures of another size, and for a model without an encoder."""
+        encode = getattr(task.policy.model, "latents", None)
+        if encode is None:
+            raise ValueError("this model has no encoder, by which pictures to avoid become latents; take a pipeline")
+        unsafe, kept = (pictures_in(folder) for folder in (self.avoid, self.keep))
+        safe = encode(read_images(kept)) if kept else None
+        odds = KernelOdds(encode(read_images(unsafe)), safe, self.prior, self.strength, self.bandwidth)
+        low, high = self.times
+        return task.guided(lambda inner: Safe(inner, odds, cap=self.most, low=low, high=high))
+
+
+def pictures_in(folder: str) -> list[str]:
+    """The pictures in a folder, by name; none where there is no such folder."""
+    place = Path(folder).expanduser()
+    files = place.iterdir() if folder and place.is_dir() else ()
+    return sorted(str(file) for file in files if file.suffix.lower() in PICTURES)
