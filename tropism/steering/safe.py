@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from tropism.base import Schedule
 from tropism.data.images import read_images
-from tropism.guidance import KernelOdds, Safe
+from tropism.guidance import KernelOdds, Odds, Safe
 from tropism.steering.settings import SteererSettings
 from tropism.steering.task import Task
 
@@ -26,7 +29,7 @@ class Settings(SteererSettings):
     keep: str = ""
     """A folder of pictures of what is wanted, with which those are compared; empty: by distance alone."""
     strength: float = 1.0
-    """Of the odds that a sample is becoming one of those to avoid, where there is nothing to compare with."""
+    """Odds of a state that is just one of those to avoid with noise, where there is nothing to compare with."""
     prior: float = 0.5
     """Share of what is drawn that would be like those to avoid, where there is something to compare with."""
     bandwidth: float = 0.3
@@ -61,9 +64,24 @@ class Settings(SteererSettings):
             raise ValueError("this model has no encoder, by which pictures to avoid become latents; take a pipeline")
         unsafe, kept = (pictures_in(folder) for folder in (self.avoid, self.keep))
         safe = encode(read_images(kept)) if kept else None
-        odds = KernelOdds(encode(read_images(unsafe)), safe, self.prior, self.strength, self.bandwidth)
+        odds: Odds = KernelOdds(encode(read_images(unsafe)), safe, self.prior, self.strength, self.bandwidth)
+        if safe is None:
+            odds = Typical(odds)
         low, high = self.times
         return task.guided(lambda inner: Safe(inner, odds, cap=self.most, low=low, high=high))
+
+
+@dataclass(frozen=True, eq=False)
+class Typical:
+    """``inner`` in units in which what is noise away from an example has the odds 1: D / 2 nats more, as noise of D
+    dimensions is sqrt(D) long. The paper's form has a normaliser that is unknown, and sinks with D without it."""
+
+    inner: Odds
+
+    def __call__(self, schedule: Schedule, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Odds``."""
+        unsafe, odds = self.inner(schedule, x, t)
+        return unsafe, odds + x[0].numel() / 2
 
 
 def pictures_in(folder: str) -> list[str]:
