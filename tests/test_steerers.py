@@ -143,7 +143,7 @@ def test_safe_draws_away_from_pictures(tmp_path: Path, monkeypatch: pytest.Monke
     moved = (found - plain).square().flatten(1).mean(1)
     assert float(moved[0]) > 0.05 * float(plain.square().mean()) and float(moved[0]) > 10 * float(moved[1])
     pictures.save(pictures.to_image(torch.zeros(3, 32, 32)), tmp_path / "fox.png")
-    with pytest.raises(ValueError, match="pictures of .32, 32. pixels give latents"):
+    with pytest.raises(ValueError, match=r"pictures of \(32, 32\) pixels give latents"):
         steer(model, bright, guide)(["a fox"], num_inference_steps=2)
 
 

@@ -15,7 +15,7 @@ from tropism.base import Schedule
 from tropism.data.images import read_images
 from tropism.guidance import KernelOdds, Odds, Safe
 from tropism.steering.settings import SteererSettings
-from tropism.steering.task import Task
+from tropism.steering.task import Task, encoder_of
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -59,9 +59,7 @@ class Settings(SteererSettings):
 
     def guide(self, task: Task) -> Task:
         """Raises ValueError for pictures of another size, and for a model without an encoder."""
-        encode = getattr(task.policy.model, "latents", None)
-        if encode is None:
-            raise ValueError("this model has no encoder, by which pictures to avoid become latents; take a pipeline")
+        encode = encoder_of(task, "pictures to avoid")
         unsafe, kept = (pictures_in(folder) for folder in (self.avoid, self.keep))
         safe = encode(read_images(kept)) if kept else None
         odds: Odds = KernelOdds(encode(read_images(unsafe)), safe, self.prior, self.strength, self.bandwidth)

@@ -188,6 +188,14 @@ def chains(task: Task, each: int) -> Tensor:
     return torch.cat(ends)
 
 
+def encoder_of(task: Task, what: str) -> Callable[[Tensor], Tensor]:
+    """``latents`` of the task's model. Raises ValueError for a model without an encoder."""
+    encode = getattr(task.policy.model, "latents", None)
+    if encode is None:
+        raise ValueError(f"this model has no encoder, by which {what} would become latents; take a pipeline")
+    return encode  # type: ignore[no-any-return]
+
+
 def of_particles(particles: Particles, trace: ParticleTrace) -> Steered:
     """The best of each prompt's particles, with the means of what was decided at every step."""
     steps = [
