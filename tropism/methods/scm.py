@@ -33,6 +33,7 @@ from tropism.base import Cond, Denoiser, Distillable, Prediction, Reward, bcast
 from tropism.distillation import Distillation, Noised, Pairs, Pictures, Source
 from tropism.distillation.arc import Arc, scaled, tangent
 from tropism.distillation.curriculum import DATA_STD, Alone, Span
+from tropism.distillation.forward import derivable
 from tropism.distillation.pairs import adjacent
 from tropism.methods.distilling import DistillationSettings, latent_size
 
@@ -133,6 +134,7 @@ class Settings(DistillationSettings):
     ) -> SCM:
         """The method on this model; the reward is not learnt from. Raises ValueError for a table of levels."""
         arc = Arc(model.denoiser.schedule, self.data_std)
+        derivable(model)
         student = self.student(model, "consistency")
         source: Source = replace(self.chains(adjacent(), generator), between=True)
         if pictures is not None:

@@ -191,17 +191,17 @@ class _Asked:
 
     def __call__(self, jobs: list[_Job], state: _Blocks) -> int:
         """All of them, and how many calls waited for one another."""
-        groups = [jobs] if self.kernel is self.coarse else [[j for j in jobs if j.fine], [j for j in jobs if not j.fine]]
+        groups = (
+            [jobs] if self.kernel is self.coarse else [[j for j in jobs if j.fine], [j for j in jobs if not j.fine]]
+        )
         return max(self._together(group, state) for group in groups if group)
 
     def _together(self, jobs: list[_Job], state: _Blocks) -> int:
         """Those of one kernel."""
         kernel, rows = self.kernel if jobs[0].fine else self.coarse, len(jobs[0].x)
         x, cond = torch.cat([job.x for job in jobs]), concat(*[self.cond] * len(jobs))
-        t, s = (
-            self.ts[[place for job in jobs for place in [at(job)] * rows]]
-            for at in (lambda job: job.now, lambda job: job.after)
-        )
+        t = self.ts[[job.now for job in jobs]].repeat_interleave(rows)
+        s = self.ts[[job.after for job in jobs]].repeat_interleave(rows)
         ends, longest = [], 0
         for part in torch.arange(len(x), device=x.device).split(self.most):
             before = self.denoiser.calls
