@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from tropism.models.toy import PROMPTS, MixtureDenoiser, ToyNet, ToyTextToImage
 from tropism.samplers import DDIM, Consistency, EulerODE, FlowSDE, Heun, refine, walk
 from tropism.samplers.parallel import Refined
 from tropism.schedules import EDM, RectifiedFlow
-import itertools
 
 KERNELS: list[tuple[Any, Any]] = [
     (EulerODE(), RectifiedFlow()),

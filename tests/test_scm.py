@@ -1,4 +1,4 @@
-"""sCM: the arc that any path is, its tangent against finite differences and exact consistency functions, its sources."""
+"""sCM: the arc of any path, its tangent against finite differences and exact consistency functions, its sources."""
 
 from __future__ import annotations
 
@@ -174,10 +174,12 @@ def test_the_exact_consistency_function_has_no_tangent() -> None:
         return said
 
     to = arc.velocity(exact(x * bcast(arc.size(t), x), t, {}), t)
-    rests = [
-        float(tangent(velocity(lambda x, t: followed(arc, exact, x, t, k)), x, t, to, angle, turn)[1].abs().max())
-        for k in (50, 100)
-    ]
+
+    def rest(steps: int) -> float:
+        f = velocity(lambda x, t: followed(arc, exact, x, t, steps))
+        return float(tangent(f, x, t, to, angle, turn)[1].abs().max())
+
+    rests = [rest(50), rest(100)]
     assert rests[0] < 1e-3 and rests[1] < 0.3 * rests[0]
     denoiser = tangent(velocity(lambda x, t: exact(x, t, {}).x0), x, t, to, angle, turn)[1]
     assert float(denoiser.abs().mean()) > 0.1

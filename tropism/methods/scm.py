@@ -103,7 +103,7 @@ class Settings(DistillationSettings):
     warmup: int = 1000
     """Updates over which the student's own derivative enters its tangent; 0: at once."""
     tangent_c: float = 0.1
-    """What is added to a tangent's size before it is scaled by it, for data of standard deviation 0.5; inf: as it is."""
+    """Added to a tangent's size, by which it is divided, for data of standard deviation 0.5; inf: not divided."""
     level_mean: float = -1.0
     """Mean of the logarithm of the level of noise of pictures."""
     level_std: float = 1.4

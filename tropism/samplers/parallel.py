@@ -2,7 +2,7 @@
 Parareal (Lions, Maday, Turinici 2001) on the flow of a denoiser.
 
 K moves are cut into about sqrt(K) blocks. One coarse move over each block, in turn, gives a rough chain; then every
-block is walked in fine moves at once from where the rough chain enters it, and a coarse sweep carries the corrections on:
+block is walked in fine moves at once from where the rough chain enters it, and a coarse sweep carries corrections on:
 
     x_(i+1) <- F(x_i of before) + G(x_i) - G(x_i of before)
 
@@ -145,10 +145,10 @@ def refine(
     """The chain of ``chain.walk`` from x (B, ...) over ts (K + 1,), cond rows (B, ...), in fewer serial calls.
 
     It ends once no row's end has changed by more than ``tolerance`` (mean absolute change, in units of x), or after
-    ``max_iterations`` (``blocks``, which is exact, unless given). ``coarse`` makes the moves over whole blocks; the same
-    kernel unless given. ``blocks`` is the square root of K, rounded, unless given. At most ``microbatch`` states are asked
-    about at once, which bounds memory and changes nothing but rounding. Without ``pipelined`` an iteration begins when
-    the one before has ended: more serial calls, none for nothing. Gradients are the caller's.
+    ``max_iterations`` (``blocks``, which is exact, unless given). ``coarse`` makes the moves over whole blocks; the
+    same kernel unless given. ``blocks`` is the square root of K, rounded, unless given. At most ``microbatch`` states
+    are asked about at once, which bounds memory and changes nothing but rounding. Without ``pipelined`` an iteration
+    begins when the one before has ended: more serial calls, none for nothing. Gradients are the caller's.
 
     Raises ValueError for a kernel that draws, and for what is out of range.
     """
