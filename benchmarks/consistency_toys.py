@@ -1,18 +1,22 @@
 """Consistency training on mixtures with exact data: plain and improved, tuned from a denoiser, and with outliers.
 
 ``ring``: CT, iCT and ECT (of a denoiser of 3,000 updates) on eight modes in the plane, 4,000 updates of 256 points each
-(ECT: 2,000). ``outliers``: iCT and sLCT, switch by switch, on eight modes in eight dimensions of which 2 % of the
-coordinates are 12 times as large. Students are averages of the weights (0.998) that answer in 1 and 2 steps; the sliced
-W2 (64 directions, 10,000 points) is to fresh data without outliers, of all samples and of those within the box of
-these data; the tail is the share of samples outside the box.
+(ECT: 2,000). ``continuous``: sCM on the same ring, a quarter of its updates a denoiser's, beside iCT and LCM with
+all of them, with times told in waves of at most 4 radians a unit and of 64. ``outliers``: iCT and sLCT, switch by
+switch, on eight modes in eight dimensions of which 2 % of the coordinates are 12 times as large. Students are averages
+of the weights (0.998) that answer in 1 and 2 steps; the sliced W2 (64 directions, 10,000 points) is to fresh data
+without outliers, of all samples and of those within the box of these data; the tail is the share of samples outside it.
 
     python benchmarks/consistency_toys.py ring --seeds 3
+    python benchmarks/consistency_toys.py continuous --seeds 3
     python benchmarks/consistency_toys.py outliers --seeds 3
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -28,7 +32,7 @@ from tropism.distillation import Before, Distillation, Noised
 from tropism.distillation.curriculum import HIGHEST, Span
 from tropism.ema import Ema
 from tropism.losses.consistency import MeanSquare
-from tropism.methods import ct, ect, ict, slct
+from tropism.methods import ct, ect, ict, lcm, scm, slct
 from tropism.models.ring import OUTLIER, STD, Ring
 from tropism.policy import Policy
 from tropism.randomness import row_generators, row_seeds
@@ -52,8 +56,12 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0  # of the updates
     denoiser: float = 0.0  # updates before, as a share
+    fastest: float = 64.0  # radians a unit of the waves in which the student is told times
 
 
+SCM: dict[str, Any] = dict(share=0.75, denoiser=0.25)
+PICTURES: dict[str, Any] = dict(data="pictures", warmup=250, level_mean=-1.1, level_std=2.0)
+TRAINED: dict[str, Any] = PICTURES | dict(direction="data")
 OFF: dict[str, Any] = dict(last_pairs=160, transport=False, diffusion_weight=0.0)
 CAUCHY: dict[str, Any] = OFF | dict(cauchy_scale=4.0)
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -61,6 +69,16 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "CT": Variant(ct.Settings),
         "iCT": Variant(ict.Settings, dict(last_pairs=160)),
         "ECT": Variant(ect.Settings, dict(stages=6), share=0.5, denoiser=0.75),
+    },
+    "continuous": {
+        "sCD": Variant(scm.Settings, PICTURES, **SCM, fastest=4.0),
+        "sCT": Variant(scm.Settings, TRAINED, **SCM, fastest=4.0),
+        "iCT": Variant(ict.Settings, dict(last_pairs=160), fastest=4.0),
+        "LCM": Variant(lcm.Settings, dict(data="pictures", inference_steps=18), fastest=4.0),
+        "sCD, fast times": Variant(scm.Settings, PICTURES, **SCM),
+        "iCT, fast times": Variant(ict.Settings, dict(last_pairs=160)),
+        "sCD, tangents as they are": Variant(scm.Settings, PICTURES | dict(tangent_c=math.inf), **SCM, fastest=4.0),
+        "sCT, tangents as they are": Variant(scm.Settings, TRAINED | dict(tangent_c=math.inf), **SCM, fastest=4.0),
     },
     "outliers": {
         "iCT": Variant(slct.Settings, OFF | dict(cauchy=False)),
@@ -112,9 +130,11 @@ def fit(ring: Ring, method: Distillation, settings: Any, updates: int, seed: int
 def run(world: str, variant: Variant, seed: int, updates: int) -> list[float]:
     """As ``COLUMNS``."""
     eight = dict(dimensions=8, outliers=0.02) if world == "outliers" else {}
-    ring, made = Ring(seed=seed, **eight), max(1, int(variant.share * updates))
+    ring, made = Ring(seed=seed, fastest=variant.fastest, **eight), max(1, int(variant.share * updates))
     batch = dict(prompts_per_step=1, images_per_prompt=ROWS, minibatch=ROWS, updates=1, passes=1)
     common: dict[str, Any] = dict(data_std=0.5, drop=0.0, student_steps=2, total_updates=made)
+    known = {each.name for each in dataclasses.fields(variant.settings)}
+    common = {name: value for name, value in common.items() if name in known}
     settings = variant.settings(**(batch | common | variant.options))
     settings.check()
     generator = torch.Generator().manual_seed(seed)

@@ -38,7 +38,8 @@ from tropism.policy import Policy
 from tropism.samplers import solver
 from tropism.train import Hook, train
 
-Target = Literal["eps", "flow"]
+Target = Literal["eps", "flow", "smooth"]
+"""What the toy says; smooth: a flow that is told times in slow waves, whose derivative in time is of use."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Off:
 
 @functools.cache
 def _trained(target: Target) -> ToyTextToImage:
+    if target == "smooth":
+        return ToyTextToImage.train(1000, seed=0, target="flow", octaves=3)
     return ToyTextToImage.train(1000, seed=0, target=target)
 
 

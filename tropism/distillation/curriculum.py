@@ -145,3 +145,18 @@ class Ratio:
         far = far.clamp(LOWEST, self.span.high)
         near = self.nearer(far, made)
         return self.span.times(far, near.where(near > LOWEST, 0.0))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """``Times`` of a lognormal level and the clean end, where no second level is needed; the weight is 1."""
+
+    span: Span
+    mean: float
+    std: float
+
+    def __call__(self, rows: int, made: int, generator: torch.Generator) -> Drawn:
+        """(rows,) each."""
+        far = (torch.randn(rows, generator=generator, dtype=torch.float64) * self.std + self.mean).exp()
+        t, s, weight = self.span.times(far.clamp(LOWEST, self.span.high), torch.zeros_like(far))
+        return t, s, torch.ones_like(weight)

@@ -14,6 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _ONE = threading.Lock()
 
 
+def derivable(model: object) -> None:
+    """Has a pipeline's network called itself from now on, as its faster stand-in has no forward derivative."""
+    bare = getattr(model, "bare_network", None)
+    if bare is not None:
+        bare()
+
+
 def along(f: Callable[..., Tensor], at: tuple[Tensor, ...], to: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """(f, its derivative), (N, ...) each, at these inputs along these directions.
 

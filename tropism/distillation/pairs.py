@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Prompts, pick, take
+from tropism.base import Cond, Prompts, Schedule, bcast, pick, take
 from tropism.policy import Chains as Walked
 from tropism.policy import Policy, run_chains
 from tropism.randomness import row_generators, row_seeds
@@ -44,7 +44,7 @@ class Chains:
 
     A batch of B prompts gives B chains of K moves, and a pass ``each`` pairs of each chain (K unless told) in
     ``updates`` steps. ``places`` says which states of a chain make a pair. The chain is what the teacher itself walks,
-    so no pair is off its path.
+    so no pair is off its path. With ``between`` x lies anywhere on the way from its state to y's (``part_way``).
     """
 
     places: Places
@@ -53,6 +53,7 @@ class Chains:
     passes: int
     generator: torch.Generator
     each: int | None = None
+    between: bool = False
 
     def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
         """One batch of chains, its pairs shuffled."""
@@ -65,8 +66,10 @@ class Chains:
             rows = torch.arange(count) % len(batch.text)
             first, second, end = self.places(count, moves, self.generator)
             order = torch.randperm(count, generator=self.generator)
+            shares = torch.rand(count, generator=self.generator) if self.between else torch.zeros(count)
             for parts in slices(order, self.updates, self.minibatch, teacher.processes):
-                yield (self._gather(chains, batch, cond, rows[i], first[i], second[i], end[i]) for i in parts)
+                made = ((i, self._gather(chains, batch, cond, rows[i], first[i], second[i], end[i])) for i in parts)
+                yield (self._moved(teacher, pairs, shares[i]) for i, pairs in made)
 
     def _gather(
         self, chains: Walked, batch: Prompts, cond: Cond, rows: Tensor, first: Tensor, second: Tensor, end: Tensor
@@ -84,6 +87,22 @@ class Chains:
             x0=xs[rows, -1],
             prompts=pick(batch, rows),
         )
+
+    def _moved(self, teacher: Policy, pairs: Pairs, shares: Tensor) -> Pairs:
+        """The pairs with x so much (N,) of the way to y."""
+        if not self.between:
+            return pairs
+        u = torch.lerp(pairs.t, pairs.s, shares.to(pairs.t))
+        return replace(pairs, x=part_way(teacher.denoiser.schedule, pairs, u), t=u)
+
+
+def part_way(schedule: Schedule, pairs: Pairs, u: Tensor) -> Tensor:
+    """(N, ...) the states at times u (N,), s <= u <= t, on the way from x to y: alpha x_0 + sigma eps for the one x_0
+    and eps that both share, which is where a move of Euler's or DDIM's goes through."""
+    (at, bt), (ay, by), (au, bu) = ((schedule.alpha(v), schedule.sigma(v)) for v in (pairs.t, pairs.s, u))
+    apart = at * by - ay * bt
+    of_x, of_y = (au * by - ay * bu) / apart, (at * bu - au * bt) / apart
+    return bcast(of_x, pairs.x) * pairs.x + bcast(of_y, pairs.y) * pairs.y
 
 
 def adjacent(skip: int = 1) -> Places:

@@ -69,7 +69,8 @@ class Ring:
     what ``pictures`` shows every coordinate is ``OUTLIER`` times as large with the chance ``outliers``; the mixture is
     without.
     On ``EDM`` (variance preserving, so that chains start from unit noise) the student is preconditioned with the
-    boundary f(x, 0.002) = x (2303.01469), on ``RectifiedFlow`` it says eps - x0.
+    boundary f(x, 0.002) = x (2303.01469), on ``RectifiedFlow`` it says eps - x0. Its times are as ``fastest`` in
+    ``RingNet``.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Ring:
         seed: int = 0,
         dimensions: int = 2,
         outliers: float = 0.0,
+        fastest: float = 64.0,
     ) -> None:
         self.latent_shape, self.outliers = (dimensions,), outliers
         self.schedule: NetSchedule = EDM(variance_preserving=True) if schedule is None else schedule
@@ -94,7 +96,7 @@ class Ring:
         )
         flow = isinstance(self.schedule, RectifiedFlow)
         generator = torch.Generator().manual_seed(seed)
-        self.net = RingNet(classes, width, 1000.0 if flow else 1.0, generator, dimensions=dimensions)
+        self.net = RingNet(classes, width, 1000.0 if flow else 1.0, generator, fastest, dimensions)
         inner = (
             NetDenoiser(self.net, self.schedule, "flow")
             if flow

@@ -218,10 +218,12 @@ SPREAD = 0.25
 class ToyNet(nn.Module):
     """A SiLU network: x (B, 2), number (B,), cond["prompt_embeds"] (B, 2, 16), two phrase tokens -> (B, 2).
 
-    It can be told a second time, cond[END] (B,)."""
+    It can be told a second time, cond[END] (B,). The first ``octaves`` of the 8 waves in which it sees a time are told;
+    all are 100 radians fast, 3 are 3."""
 
-    def __init__(self, generator: torch.Generator, width: int = 96, token: int = 16) -> None:
+    def __init__(self, generator: torch.Generator, width: int = 96, token: int = 16, octaves: int = 8) -> None:
         super().__init__()
+        self.octaves = octaves
         sizes = (2 + 16 + 2 * token, width, width, width, 2)
         self.layers = nn.ModuleList(linear(a, b, generator) for a, b in itertools.pairwise(sizes))
         self.end = nn.utils.skip_init(nn.Linear, 16, width, bias=False)
@@ -229,18 +231,19 @@ class ToyNet(nn.Module):
 
     def forward(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
         """``number``, and cond[END] if there is one, run over 0..1000."""
-        told = torch.cat([x, _waves(number, x), cond["prompt_embeds"].to(x).flatten(1)], dim=1)
+        told = torch.cat([x, _waves(number, x, self.octaves), cond["prompt_embeds"].to(x).flatten(1)], dim=1)
         hidden = self.layers[0](told)
         if END in cond:
-            hidden = hidden + self.end(_waves(cond[END], x))
+            hidden = hidden + self.end(_waves(cond[END], x, self.octaves))
         for layer in self.layers[1:]:
             hidden = layer(nn.functional.silu(hidden))
         return hidden  # type: ignore[no-any-return]
 
 
-def _waves(number: Tensor, x: Tensor) -> Tensor:
-    """(B,) of 0..1000 -> (B, 16), as x in dtype and place."""
-    angle = (number.to(x) / 1000)[:, None] * (2.0 ** torch.arange(8, device=x.device) * math.pi / 4).to(x)
+def _waves(number: Tensor, x: Tensor, octaves: int) -> Tensor:
+    """(B,) of 0..1000 -> (B, 16), as x in dtype and place; of the waves beyond so many octaves the start."""
+    speeds = 2.0 ** torch.arange(8, device=x.device) * math.pi / 4
+    angle = (number.to(x) / 1000)[:, None] * speeds.where(torch.arange(8, device=x.device) < octaves, 0.0).to(x)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -278,15 +281,20 @@ class ToyTextToImage:
 
     @classmethod
     def train(
-        cls, steps: int = 4000, seed: int = 0, target: Literal["eps", "flow"] = "eps", rows: int = 256
+        cls,
+        steps: int = 4000,
+        seed: int = 0,
+        target: Literal["eps", "flow"] = "eps",
+        rows: int = 256,
+        octaves: int = 8,
     ) -> ToyTextToImage:
         """Adam on the mean squared error of the target, lr 2e-3 falling to 0, 10% of prompts dropped; its own
-        generator.
+        generator. ``octaves`` as ``ToyNet``.
 
         About 2.5 ms a step on one core: 1,000 steps are a usable model, 4,000 a good one.
         """
         generator = torch.Generator().manual_seed(seed)
-        net, tokens = ToyNet(generator), nn.Parameter(torch.randn(8, 16, generator=generator))
+        net, tokens = ToyNet(generator, octaves=octaves), nn.Parameter(torch.randn(8, 16, generator=generator))
         toy = cls(net, tokens, target)
         adam = torch.optim.Adam([*net.parameters(), tokens], lr=2e-3, fused=True)
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)

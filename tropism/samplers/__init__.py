@@ -1,4 +1,5 @@
-"""One step per file; a step is a kernel. ``chain.walk`` is the one loop."""
+"""One step per file; a step is a kernel. ``chain.walk`` is the one loop; ``parallel.refine`` gives its end in fewer
+serial calls."""
 
 from tropism.samplers.chain import Move, Walk, walk
 from tropism.samplers.consistency import Consistency
@@ -6,6 +7,7 @@ from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
 from tropism.samplers.heun import Heun
 from tropism.samplers.jump import Jump
+from tropism.samplers.parallel import Refined, refine
 from tropism.samplers.recurrent import noised_up, recurrent_walk
 from tropism.samplers.solver import solver, stochastic_solver
 from tropism.samplers.until import noise_until
@@ -20,10 +22,12 @@ __all__ = [
     "Heun",
     "Jump",
     "Move",
+    "Refined",
     "Walk",
     "noise_until",
     "noised_up",
     "recurrent_walk",
+    "refine",
     "solver",
     "stochastic_solver",
     "walk",

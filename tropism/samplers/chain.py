@@ -45,8 +45,7 @@ def walk(
     Gradients are kept or not by the caller's own context. Nothing is validated before the first ``next``: raises
     ValueError then when ts is not a grid.
     """
-    if ts.ndim != 1 or ts.numel() < 2 or not bool((ts[1:] < ts[:-1]).all()) or ts[0] > 1 or ts[-1] < 0:
-        raise ValueError(f"ts must be (K + 1,) strictly decreasing in [0, 1]; got {tuple(ts.shape)}: {ts.tolist()}")
+    check_grid(ts)
     x, ts = x.float(), ts.to(x.device, torch.float32)
     for now, after in itertools.pairwise(ts):
         t, s = now.expand(x.shape[0]), after.expand(x.shape[0])
@@ -54,3 +53,9 @@ def walk(
         x_next = transition.sample(generator)
         yield Move(x, t, s, transition, prediction, x_next)
         x = x_next
+
+
+def check_grid(ts: Tensor) -> None:
+    """Raises ValueError unless ts is (K + 1,) strictly decreasing in [0, 1]."""
+    if ts.ndim != 1 or ts.numel() < 2 or not bool((ts[1:] < ts[:-1]).all()) or ts[0] > 1 or ts[-1] < 0:
+        raise ValueError(f"ts must be (K + 1,) strictly decreasing in [0, 1]; got {tuple(ts.shape)}: {ts.tolist()}")
