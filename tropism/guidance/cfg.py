@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast, concat
-from tropism.denoisers import END
+from tropism.denoisers import END, TOLD, untold
 
 Scale = Callable[[Tensor, Cond], Tensor]
 """scale(t (B,), cond) -> w (B,). It sees every entry of cond."""
@@ -64,6 +64,9 @@ class Guided:
 
     ``scale`` is a number (1 asks the conditional rows only, in a pass of B rows) or a ``Scale``. ``detach_null`` keeps
     gradients out of the null half, as Flow-GRPO's training does; the prediction is the same.
+
+    Around a network that is told its guidance, both halves are told the same: what SoundCTM calls nu (2405.18503,
+    eq. 15) is then ``scale``, nu G(cond) + (1 - nu) G(null). Any other network is not told.
     """
 
     inner: Denoiser
@@ -83,12 +86,12 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, ...), t (B,), cond rows (B, ...). Raises ValueError when cond and null have different entries."""
-        rows = network_cond(cond)
+        rows = untold(self.inner, network_cond(cond))
         if not callable(self.scale) and self.scale == 1:
             return self.inner(x, t, rows)
         w = self.scale(t, cond) if callable(self.scale) else torch.full_like(t, self.scale)
         null = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in network_cond(self.null).items()}
-        null |= {END: rows[END]} if END in rows else {}  # where to jump is the same with and without the prompt
+        null |= {name: rows[name] for name in (END, TOLD) if name in rows}  # the same with and without the prompt
         both = self.inner(torch.cat([x, x]), torch.cat([t, t]), concat(rows, null))
         return Prediction(self._combined(both.x0, w), self._combined(both.eps, w))
 

@@ -12,6 +12,14 @@ from tropism.denoisers import TOLD
 from tropism.guidance.cfg import Scale, network_cond
 
 
+def by_row(t: Tensor, cond: Cond) -> Tensor:
+    """A ``Scale``: the one that each row is told, cond[TOLD] (B,). Raises ValueError where rows are not told any."""
+    if TOLD not in cond or cond[TOLD].shape != t.shape:
+        found = tuple(cond[TOLD].shape) if TOLD in cond else "nothing"
+        raise ValueError(f"cond[{TOLD!r}] is {found}; wanted a scale for each of {len(t)} rows")
+    return cond[TOLD].to(t)
+
+
 @dataclass(frozen=True, eq=False)
 class Told:
     """A denoiser whose network is told w, in one pass of B rows; ``scale`` as in ``Guided``."""
