@@ -1,4 +1,4 @@
-"""Students that are told the guidance: rows have their own, the teacher follows it, and plain diffusers draws the same."""
+"""Students that are told the guidance: each row its own, as the teacher has it; plain diffusers draws the same."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_embedding_is_the_one_of_diffusers() -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_plain_diffusers_draws_a_told_student(scale: float, tmp_path: Path) -> None:
     """As LatentConsistencyModelPipeline and as StableDiffusionPipeline, from what was saved."""
-    model, view = student()
+    _, view = student()
     view.save_adapter(tmp_path)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     assert unet.config.time_cond_proj_dim == 256
