@@ -13,7 +13,7 @@ from torch import Tensor
 from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, pick, take
 from tropism.denoisers import TOLD, takes_guidance
 from tropism.guidance.cfg import Guided, Scale
-from tropism.guidance.told import Told
+from tropism.guidance.told import Told, interpolated
 from tropism.processes import ALONE, Processes
 from tropism.randomness import Randomness, normal, row_generators, row_seeds
 from tropism.samplers.chain import Move, walk
@@ -28,7 +28,9 @@ class Policy:
 
     ``guidance`` is a number, a ``Scale``, or None for the model's default. ``detach_null`` keeps gradients out of the
     unconditional branch. ``microbatch`` bounds how many chains run at once; it never changes what they are, because
-    every chain has its own noise. Several ``processes`` share the chains of a batch, and each ends up with all of them.
+    every chain has its own noise. ``nu`` weighs what a network that is told its guidance says with the prompt against
+    what it says without (``guidance.interpolated``); 1 asks only with it. Several ``processes`` share the chains of a
+    batch, and each ends up with all of them.
     """
 
     model: TextToImage
@@ -38,6 +40,7 @@ class Policy:
     detach_null: bool = False
     microbatch: int = 64
     processes: Processes = ALONE
+    nu: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -50,7 +53,11 @@ class Policy:
         """Guided."""
         scale = self.model.guidance_scale if self.guidance is None else self.guidance
         if takes_guidance(self.model.denoiser):
-            return Told(self.model.denoiser, scale)
+            if self.nu == 1:
+                return Told(self.model.denoiser, scale)
+            return interpolated(self.model.denoiser, self.model.null(), scale, self.nu)
+        if self.nu != 1:
+            raise ValueError(f"nu is {self.nu:g}, but this network is not told its guidance; give guidance instead")
         return Guided(self.model.denoiser, self.model.null(), scale, self.detach_null)
 
     def told(self, cond: Cond) -> Cond:

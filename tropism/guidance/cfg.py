@@ -65,8 +65,8 @@ class Guided:
     ``scale`` is a number (1 asks the conditional rows only, in a pass of B rows) or a ``Scale``. ``detach_null`` keeps
     gradients out of the null half, as Flow-GRPO's training does; the prediction is the same.
 
-    Around a network that is told its guidance, both halves are told the same: what SoundCTM calls nu (2405.18503,
-    eq. 15) is then ``scale``, nu G(cond) + (1 - nu) G(null). Any other network is not told.
+    Around a network that is told its guidance both halves are told the same (see ``told.interpolated``); any other
+    network is not told.
     """
 
     inner: Denoiser

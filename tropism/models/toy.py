@@ -275,9 +275,13 @@ class ToyTextToImage:
         self._frozen, self._now = copy.deepcopy(net).requires_grad_(False), {"reference": False}  # views share these
         self.denoiser: Denoiser = NetDenoiser(self._output, self.schedule, target, takes_end=True)
 
+    @property
+    def network(self) -> ToyNet:
+        """What is trained, or inside ``reference`` what it was."""
+        return self._frozen if self._now["reference"] else self.net
+
     def _output(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
-        net = self._frozen if self._now["reference"] else self.net
-        return net(x, number, cond)  # type: ignore[no-any-return]
+        return self.network(x, number, cond)  # type: ignore[no-any-return]
 
     @classmethod
     def train(

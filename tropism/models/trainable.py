@@ -157,9 +157,14 @@ class Trainable(ABC):
         with nullcontext() if trained is None else trained.precision():
             return self._predict(self._network(), x.to(dtype), tau, rows).float()
 
+    @property
+    def network(self) -> nn.Module:
+        """The network with its adapter, or inside ``reference`` as it was; for hooks, which a stand-in shares."""
+        return self._net if self._trained is None else self._trained.module
+
     def _network(self) -> nn.Module:
         """What is called: the network with its adapter."""
-        return self._net if self._trained is None else self._trained.module
+        return self.network
 
     def bare_network(self) -> nn.Module:
         """The network with its adapter; from now on it is called itself, and no faster stand-in."""
