@@ -235,7 +235,7 @@ class ToyNet(nn.Module):
         if END in cond:
             hidden = hidden + self.end(_waves(cond[END], x))
         if TOLD in cond:
-            hidden = hidden + self.told(_waves(100 * cond[TOLD], x))
+            hidden = hidden + self.told(_waves(25 * cond[TOLD], x))
         for layer in self.layers[1:]:
             hidden = layer(nn.functional.silu(hidden))
         return hidden  # type: ignore[no-any-return]
