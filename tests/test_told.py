@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
 from contextlib import redirect_stdout
@@ -13,7 +14,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from distillers import SIZES
 from families import Row, ours, theirs
 from methods import Off, batch, toy
@@ -36,12 +43,19 @@ from tropism.schedules import RectifiedFlow
 SCALES = (1.0, 3.0, 7.5)
 
 
-def student(seed: int = 1) -> Any:
-    """A tiny SD, fully trained, as a consistency model of two moves that is told its guidance; its new input and the
+QUIET: Any = {
+    LatentConsistencyModelPipeline: {"requires_safety_checker": False},
+    StableDiffusionPipeline: {"requires_safety_checker": False},
+    StableDiffusionXLPipeline: {"add_watermarker": False},
+}
+
+
+def student(build: Any = tiny.sd_pipeline, hops: Any = "consistency", seed: int = 1) -> Any:
+    """A tiny SD, fully trained, as a model of two moves that is told its guidance; its new input and the
     rest of its weights are not what they were."""
-    model = wrap_pipeline(tiny.sd_pipeline(), onednn=False)
+    model = wrap_pipeline(build(), onednn=False)
     model.train_full()
-    view = model.few_step("consistency", 2, 3.0)
+    view = model.few_step(hops, 2, 3.0)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -79,18 +93,27 @@ def test_the_embedding_is_the_one_of_diffusers() -> None:
         assert model._guidance(model._network(), tiny.noise(2), {TOLD: w}) is None
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_plain_diffusers_draws_a_told_student(scale: float, tmp_path: Path) -> None:
-    """As LatentConsistencyModelPipeline and as StableDiffusionPipeline, from what was saved."""
-    _, view = student()
+PIPELINES: Any = {
+    "lcm": (tiny.sd_pipeline, LatentConsistencyModelPipeline, "consistency"),
+    "sd": (tiny.sd_pipeline, StableDiffusionPipeline, "consistency"),
+    "sd-ddim": (tiny.sd_pipeline, StableDiffusionPipeline, "ode"),
+    "sdxl": (tiny.sdxl_pipeline, StableDiffusionXLPipeline, "consistency"),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_plain_diffusers_draws_a_told_student(name: str, tmp_path: Path) -> None:
+    """At several scales, from what was saved; the tiny pipelines have random weights."""
+    build, kind, hops = PIPELINES[name]
+    _, view = student(build, hops)
     view.save_adapter(tmp_path)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     assert unet.config.time_cond_proj_dim == 256
-    mine = ours(Row(lambda: None, 2, scale), view)
-    parts = {**tiny.sd_pipeline().components, "unet": unet, "scheduler": view.pipe.scheduler}
-    parts.pop("image_encoder", None)
-    for kind in (LatentConsistencyModelPipeline, StableDiffusionPipeline):
-        pipe = tiny._quiet(kind(**parts, requires_safety_checker=False))
+    parts = {**build().components, "unet": unet, "scheduler": view.pipe.scheduler}
+    known = inspect.signature(kind.__init__).parameters
+    pipe = tiny._quiet(kind(**{part: value for part, value in parts.items() if part in known}, **QUIET[kind]))
+    for scale in SCALES:
+        mine = ours(Row(lambda: None, 2, scale), view)
         expected = theirs(Row(lambda: None, 2, scale), pipe)
         assert expected.std() > 0.02
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4)

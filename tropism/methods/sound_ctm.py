@@ -1,4 +1,4 @@
-"""SoundCTM: sound CTM, uniting score-based and consistency models (Saito et al. 2024, 2405.18503), its distillation.
+"""SoundCTM: score-based and consistency models of text to sound in one (Saito et al. 2024, 2405.18503), distilled.
 
 CTM (``methods.ctm``) without networks besides the teacher: two states of a guided chain must lead to one state at a
 drawn s, and are compared there by the teacher's own features,
