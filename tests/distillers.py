@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
 from tropism.data.prompts import PromptSet
-from tropism.methods import ct, ctm, ect, ict, lcm, mean_flow, mlcm, rg_lcd, scm, scott, shortcut, slct
+from tropism.methods import ct, ctm, ect, ict, lcm, mean_flow, mlcm, rg_lcd, scm, scott, shortcut, slct, sound_ctm
 from tropism.methods.training import ConsistencyTrainingSettings
 from tropism.models.toy import MODES, PROMPTS, SPREAD
 from tropism.policy import Policy
@@ -62,6 +62,9 @@ SHORT: dict[str, Any] = dict(target_decay=0.9, longest=4, student_steps=2, boots
 DATA: dict[str, Any] = dict(prompts_per_step=8, images_per_prompt=16, updates=1, passes=10, total_updates=300)
 FEW = dict(first_pairs=5, last_pairs=20)
 SCM: dict[str, Any] = dict(data="pictures", data_std=1.1, warmup=100)
+TOLD: dict[str, Any] = dict(told=(1.0, 5.0))
+SOUND: dict[str, Any] = TOLD | dict(solver="first-order", target_decay=0.95, denoiser_weight=0.1)
+HIDDEN = ["layers.0", "layers.1", "layers.2"]
 ADVERSARY: dict[str, Any] = dict(eta=0.5, adversarial_weight=0.4)
 
 # Beside each row: the worst of three seeds (0 to 2; the test runs seed 0). The teacher itself is at 0.824, 0.156 and
@@ -71,12 +74,19 @@ DISTILLED = [
     _row("lcm_flow", lcm.Settings(**SIZES), "flow", 40, (1, 0.08)),  # 0.057
     _row("lcm_self_target", lcm.Settings(**SIZES, target_decay=0.0, skip=2), "eps", 40, (1, 0.37)),  # 0.277
     _row("lcm_pictures", lcm.Settings(**SIZES, data="pictures"), "flow", 40, (1, 0.1)),  # 0.073
+    _row("lcm_told", lcm.Settings(**SIZES, **TOLD), "flow", 40, (1, 0.11)),  # 0.086
     _row("mlcm", mlcm.Settings(**SIZES), "eps", 40, (4, 0.05)),  # 0.036
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
     _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025
     _row("mlcm_direct", mlcm.Settings(**SIZES, direct=True), "eps", 40, (4, 0.032)),  # 0.023
     _row("ctm", ctm.Settings(**SIZES), "eps", 40, (1, 1.3), (8, 0.062)),  # 1.070, 0.046
     _row("ctm_flow", ctm.Settings(**SIZES, solver="first-order"), "flow", 40, (1, 0.045), (8, 0.035)),  # 0.033, 0.027
+    _row(
+        "sound_ctm", sound_ctm.Settings(**SIZES, **SOUND, feature_blocks=HIDDEN), "flow", 40, (1, 0.13), (8, 0.15)
+    ),  # 0.094, 0.110
+    _row(
+        "sound_ctm_states", sound_ctm.Settings(**SIZES, **SOUND, compared="states"), "flow", 40, (1, 0.06), (8, 0.13)
+    ),  # 0.044, 0.098
     _row("scott", scott.Settings(**SIZES), "eps", 40, (1, 0.35), (2, 0.12)),  # 0.251, 0.085
     _row("scott_adversarial", scott.Settings(**SIZES, **ADVERSARY), "eps", 40, (1, 0.43), (2, 0.12)),  # 0.310, 0.079
     _row("rg_lcd", rg_lcd.Settings(**SIZES, reward_weight=0.3, proxy_rounds=3), "eps", 20, (1, 0.6), floor=-0.36),

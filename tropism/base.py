@@ -232,11 +232,12 @@ class TextToImage(Protocol):
 class Distillable(TextToImage, Protocol):
     """A model that can also be drawn with in few moves."""
 
-    def few_step(self, hops: Hops, steps: int) -> Self:
+    def few_step(self, hops: Hops, steps: int, guidance: float | None = None) -> Self:
         """The same network, and what is trained in it, drawn with in ``steps`` unguided moves on even times.
 
-        Raises ValueError for a model that is made for few steps already, and for jumps of a network that cannot be told
-        where to (``denoisers.FlowMap``).
+        With ``guidance`` the view's network is told a scale, this one unless cond[TOLD] says another; the model itself
+        stays as it was. Raises ValueError for a model that is made for few steps already, for jumps of a network that
+        cannot be told where to (``denoisers.FlowMap``), and for guidance of a network that cannot be told it.
         """
         ...
 

@@ -159,7 +159,8 @@ def with_adapter(model: Trainable, adapter: Path) -> Trainable:
     told = catalog.told(adapter)
     if "hops" not in told or told["hops"] == model.hops:
         return model
-    return model.few_step(told["hops"], int(told["steps"]))
+    scale = float(told["guidance_scale"]) if told.get("told") else None
+    return model.few_step(told["hops"], int(told["steps"]), scale)
 
 
 def _guidance(settings: PickSettings, model: Trainable) -> float:

@@ -123,6 +123,11 @@ def takes_guidance(denoiser: Denoiser) -> bool:
     return bool(getattr(denoiser, "takes_guidance", False))
 
 
+def untold(denoiser: Denoiser, cond: Cond) -> Cond:
+    """cond without cond[TOLD] for a denoiser that takes no guidance: what its student is told is not for it."""
+    return cond if takes_guidance(denoiser) else {name: value for name, value in cond.items() if name != TOLD}
+
+
 @dataclass(frozen=True, eq=False)
 class ConsistencyDenoiser:
     """A consistency model f = c_skip x + c_out x0, the inner denoiser's x0 held to f(x, 0) = x.
@@ -187,6 +192,11 @@ class FlowMap:
     def schedule(self) -> Schedule:
         """The inner denoiser's."""
         return self.inner.schedule
+
+    @property
+    def takes_guidance(self) -> bool:
+        """As the inner denoiser."""
+        return takes_guidance(self.inner)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, ...), t (B,), cond[END] (B,) as ``towards`` writes it."""

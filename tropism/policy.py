@@ -13,7 +13,7 @@ from torch import Tensor
 from tropism.base import Cond, Denoiser, Kernel, Prompts, Reward, TextToImage, pick, take
 from tropism.denoisers import TOLD, takes_guidance
 from tropism.guidance.cfg import Guided, Scale
-from tropism.guidance.told import Told
+from tropism.guidance.told import Told, interpolated
 from tropism.processes import ALONE, Processes
 from tropism.randomness import Randomness, normal, row_generators, row_seeds
 from tropism.samplers.chain import Move, Walk, walk
@@ -28,10 +28,11 @@ Finished = Callable[[Tensor, Tensor], None]
 class Policy:
     """``steps`` moves of ``kernel`` through the guided ``model``, from noise to a clean latent.
 
-    ``guidance`` is a number, a ``Scale``, or None for the model's default; ``guide`` goes around the guided denoiser.
-    ``walker`` is how the grid is walked.
-    ``detach_null`` keeps gradients out of the unconditional branch. ``microbatch`` bounds how many chains run at once;
-    it never changes what they are, because every chain has its own noise. Several ``processes`` share the chains of a
+    ``guidance`` is a number, a ``Scale``, or None for the model's default; ``guide`` goes around the guided denoiser,
+    and ``walker`` is how the grid is walked. ``detach_null`` keeps gradients out of the unconditional branch.
+    ``microbatch`` bounds how many chains run at once; it never changes what they are, because every chain has its own
+    noise. ``nu`` weighs what a network that is told its guidance says with the prompt against what it says without
+    (``guidance.interpolated``); 1 asks only with it. Several ``processes`` share the chains of a
     batch, and each ends up with all of them.
     """
 
@@ -44,6 +45,7 @@ class Policy:
     processes: Processes = ALONE
     guide: Guide | None = None
     walker: Walk = walk
+    nu: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -57,6 +59,10 @@ class Policy:
         scale = self.model.guidance_scale if self.guidance is None else self.guidance
         if takes_guidance(self.model.denoiser):
             guided: Denoiser = Told(self.model.denoiser, scale)
+            if self.nu != 1:
+                guided = interpolated(self.model.denoiser, self.model.null(), scale, self.nu)
+        elif self.nu != 1:
+            raise ValueError(f"nu is {self.nu:g}, but this network is not told its guidance; give guidance instead")
         else:
             guided = Guided(self.model.denoiser, self.model.null(), scale, self.detach_null)
         return guided if self.guide is None else self.guide(guided)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Distillable, Prompts, bcast, pick, take
-from tropism.distillation.pairs import Pairs
+from tropism.distillation.pairs import Pairs, scaled
 from tropism.policy import Policy
 from tropism.rollout import slices
 from tropism.schedules import add_noise
@@ -27,7 +27,7 @@ class Noised:
     """``updates`` slices of a batch of pictures a pass, each row with fresh noise and times.
 
     ``made`` counts the updates, for times that change over training. ``drop`` is the share of rows without prompt.
-    x and y lead to the clean end of the path, or with ``near`` only to y.
+    x and y lead to the clean end of the path, or with ``near`` only to y. ``told`` as in ``pairs.Chains``.
     """
 
     model: Distillable
@@ -41,6 +41,7 @@ class Noised:
     drop: float = 0.0
     near: bool = False
     made: int = 0
+    told: tuple[float, float] | None = None
 
     def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
         """One batch of pictures, shuffled; the teacher is not asked."""
@@ -53,14 +54,15 @@ class Noised:
             eps = teacher.noise(len(x0), self.generator)
             eps = eps if self.coupling is None else self.coupling(x0, eps, prompt)
             dropped = torch.rand(len(x0), generator=self.generator) < self.drop
-            told = {name: value.clone() for name, value in cond.items()}
-            for name, value in told.items():
+            asked: Cond = {name: value.clone() for name, value in cond.items()}
+            for name, value in asked.items():
                 value[dropped] = null[name].to(value)
+            asked = scaled(asked, self.told, self.generator)
             order = torch.randperm(len(rows), generator=self.generator)
             for parts in slices(order, self.updates, self.minibatch, teacher.processes):
                 t, s, weight = (each.to(x0.device) for each in self.times(len(rows), self.made, self.generator))
                 drawn = (t, s, weight)
-                yield (self._pairs(x0[i], eps[i], drawn, i, take(told, i), pick(batch, i)) for i in parts)
+                yield (self._pairs(x0[i], eps[i], drawn, i, take(asked, i), pick(batch, i)) for i in parts)
                 self.made += 1
 
     def _pairs(

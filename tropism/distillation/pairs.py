@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Prompts, Schedule, bcast, pick, take
+from tropism.denoisers import TOLD
 from tropism.policy import Chains as Walked
 from tropism.policy import Policy, run_chains
 from tropism.randomness import row_generators, row_seeds
@@ -44,7 +45,9 @@ class Chains:
 
     A batch of B prompts gives B chains of K moves, and a pass ``each`` pairs of each chain (K unless told) in
     ``updates`` steps. ``places`` says which states of a chain make a pair. The chain is what the teacher itself walks,
-    so no pair is off its path. With ``between`` x lies anywhere on the way from its state to y's (``part_way``).
+    so no pair is off its path. With ``between`` x lies anywhere on the way from its state to y's (``part_way``). With
+    ``told`` every chain has a scale of guidance of its own, even in that range (2210.03142; 2310.04378, section 4.3),
+    which its rows are told. ``drop`` is the share of chains without prompt.
     """
 
     places: Places
@@ -54,10 +57,14 @@ class Chains:
     generator: torch.Generator
     each: int | None = None
     between: bool = False
+    told: tuple[float, float] | None = None
+    drop: float = 0.0
 
     def __call__(self, teacher: Policy, batch: Prompts) -> Iterator[Iterator[Pairs]]:
         """One batch of chains, its pairs shuffled."""
         cond = teacher.model.encode(batch.text)
+        cond = unasked(cond, teacher.model.null(), self.drop, self.generator) if self.drop else cond
+        cond = scaled(cond, self.told, self.generator)
         generators = row_generators(row_seeds(len(batch.text), self.generator))
         with teacher.model.reference():
             chains = run_chains(teacher, teacher.noise(len(generators), generators), cond, generators)
@@ -103,6 +110,25 @@ def part_way(schedule: Schedule, pairs: Pairs, u: Tensor) -> Tensor:
     apart = at * by - ay * bt
     of_x, of_y = (au * by - ay * bu) / apart, (at * bu - au * bt) / apart
     return bcast(of_x, pairs.x) * pairs.x + bcast(of_y, pairs.y) * pairs.y
+
+
+def scaled(cond: Cond, told: tuple[float, float] | None, generator: torch.Generator) -> Cond:
+    """cond (B rows) with a scale of guidance a row, drawn evenly from ``told``; as it is without."""
+    if told is None:
+        return cond
+    some, (low, high) = next(iter(cond.values())), told
+    drawn = low + (high - low) * torch.rand(len(some), generator=generator)
+    return {**cond, TOLD: drawn.to(some.device)}
+
+
+def unasked(cond: Cond, null: Cond, share: float, generator: torch.Generator) -> Cond:
+    """cond (B rows) in which a ``share`` of rows, each by chance, is the null row (1 row)."""
+    some = next(iter(cond.values()))
+    gone = (torch.rand(len(some), generator=generator) < share).to(some.device)
+    return {
+        name: torch.where(gone.reshape(-1, *[1] * (value.ndim - 1)), null[name].to(value), value)
+        for name, value in cond.items()
+    }
 
 
 def adjacent(skip: int = 1) -> Places:

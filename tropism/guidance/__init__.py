@@ -3,7 +3,7 @@
 from tropism.guidance.cfg import ROW, Guided, Scale, constant, interval, network_cond, step
 from tropism.guidance.reward import RewardGuided, Value, beside, dps, lgd_mc, mpgd, through, ugd, window
 from tropism.guidance.safe import KernelOdds, Odds, Safe
-from tropism.guidance.told import Told
+from tropism.guidance.told import Told, by_row, interpolated
 
 __all__ = [
     "ROW",
@@ -16,8 +16,10 @@ __all__ = [
     "Told",
     "Value",
     "beside",
+    "by_row",
     "constant",
     "dps",
+    "interpolated",
     "interval",
     "lgd_mc",
     "mpgd",

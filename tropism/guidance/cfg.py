@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast, concat
-from tropism.denoisers import END
+from tropism.denoisers import END, TOLD, untold
 
 Scale = Callable[[Tensor, Cond], Tensor]
 """scale(t (B,), cond) -> w (B,). It sees every entry of cond."""
@@ -66,6 +66,9 @@ class Guided:
 
     ``scale`` is a number (1 asks the conditional rows only, in a pass of B rows) or a ``Scale``. ``detach_null`` keeps
     gradients out of the null half, as Flow-GRPO's training does; the prediction is the same.
+
+    Around a network that is told its guidance both halves are told the same (see ``told.interpolated``); any other
+    network is not told.
     """
 
     inner: Denoiser
@@ -86,7 +89,7 @@ class Guided:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, ...), t (B,), cond rows (B, ...). Raises ValueError when cond and null have different entries."""
         if not callable(self.scale) and self.scale == 1:
-            return self.inner(x, t, network_cond(cond))
+            return self.inner(x, t, untold(self.inner, network_cond(cond)))
         return self.joined(*self.halves(x, t, cond), t, cond)
 
     def halves(self, x: Tensor, t: Tensor, cond: Cond, asked: Tensor | None = None) -> tuple[Prediction, Prediction]:
@@ -95,14 +98,15 @@ class Guided:
         ``asked`` (B,) bool are the rows that are asked without their prompt, of which alone the pass then has a second
         copy; the other rows' second half is their first.
         """
-        rows = network_cond(cond)
+        rows = untold(self.inner, network_cond(cond))
         again = x if asked is None else x[asked]
         if not len(again):
             alone = self.inner(x, t, rows)
             return alone, alone
         null = {name: value.expand(len(again), *value.shape[1:]) for name, value in network_cond(self.null).items()}
-        if END in rows:  # where to jump is the same with and without the prompt
-            null[END] = rows[END] if asked is None else rows[END][asked]
+        for name in (END, TOLD):  # the same with and without the prompt
+            if name in rows:
+                null[name] = rows[name] if asked is None else rows[name][asked]
         times = torch.cat([t, t if asked is None else t[asked]])
         both = self.inner(torch.cat([x, again]), times, concat(rows, null))
         told = Prediction(both.x0[: len(x)], both.eps[: len(x)])

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Prediction, Schedule
 from tropism.denoisers import TOLD
-from tropism.guidance.cfg import Scale, network_cond
+from tropism.guidance.cfg import Guided, Scale, network_cond
+
+
+def by_row(t: Tensor, cond: Cond) -> Tensor:
+    """A ``Scale``: the one that each row is told, cond[TOLD] (B,). Raises ValueError where rows are not told any."""
+    if TOLD not in cond or cond[TOLD].shape != t.shape:
+        found = tuple(cond[TOLD].shape) if TOLD in cond else "nothing"
+        raise ValueError(f"cond[{TOLD!r}] is {found}; wanted a scale for each of {len(t)} rows")
+    return cond[TOLD].to(t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,3 +36,11 @@ class Told:
         """x (B, ...), t (B,), cond rows (B, ...)."""
         w = self.scale(t, cond) if callable(self.scale) else torch.full_like(t, self.scale)
         return self.inner(x, t, {**network_cond(cond), TOLD: w})
+
+
+def interpolated(inner: Denoiser, null: Cond, omega: float | Scale, nu: float) -> Told:
+    """nu D(cond, omega) + (1 - nu) D(null, omega), told omega: SoundCTM's guidance of jumps (2405.18503).
+
+    A jump is linear in what is believed, so this interpolates jumps as well. nu = 1 asks B rows once, any other 2B.
+    """
+    return Told(Guided(inner, null, nu), omega)

@@ -38,6 +38,15 @@ class MeanSquare:
 
 
 @dataclass(frozen=True)
+class SquaredNorm:
+    """The squared Euclidean distance, for what is scaled already, as features are (``distillation.features``)."""
+
+    def __call__(self, said: Tensor, wanted: Tensor) -> Tensor:
+        """(N, ...) twice -> (N,)."""
+        return _squared(said, wanted)
+
+
+@dataclass(frozen=True)
 class Huber:
     """The mean over dimensions of sqrt(d^2 + c^2) - c: the element-wise form that released LCM training code uses
     (diffusers' ``train_lcm_distill_*``). ``c`` is in the units of one dimension."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from tropism.base import Distillable, Hops
 from tropism.distillation import Before, Chains
 from tropism.distillation.pairs import Places
+from tropism.guidance import by_row
 from tropism.losses.consistency import Distance, Huber, MeanSquare, PseudoHuber
 from tropism.methods.settings import MethodSettings
 from tropism.policy import Policy
@@ -44,9 +46,10 @@ class StudentSettings(MethodSettings):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a whole number of at least 1")
 
-    def student(self, model: Distillable, hops: Hops) -> Policy:
-        """The student as it is sampled. Raises ValueError for a model that is made for few steps already."""
-        view = model.few_step(hops, self.student_steps)
+    def student(self, model: Distillable, hops: Hops, guidance: float | None = None) -> Policy:
+        """The student as it is sampled; with ``guidance`` its network is told a scale. Raises ValueError for a model
+        that is made for few steps already, and as ``few_step``."""
+        view = model.few_step(hops, self.student_steps, guidance)
         return Policy(view, solver(view.denoiser), self.student_steps, microbatch=self.sample_batch)
 
 
@@ -92,6 +95,45 @@ class DistillationSettings(StudentSettings):
     def chains(self, places: Places, generator: torch.Generator) -> Chains:
         """Pairs along the teacher's chains."""
         return Chains(places, self.minibatch, self.updates, self.passes, generator, self.pairs_per_chain)
+
+
+@dataclass(frozen=True)
+class ToldSettings(DistillationSettings):
+    """Flags and YAML keys of a distillation whose student may be told the guidance of its teacher."""
+
+    told: tuple[float, float] | None = None
+    """Range of guidance scales: each row has one of its own, of which the student is told; guidance_scale is then what
+    it is drawn with. None: one scale, folded into the student."""
+
+    def check(self) -> None:
+        """As the settings of a distillation, and the ranges above."""
+        super().check()
+        if self.told is None:
+            return
+        low, high = self.told
+        if not 0 <= low < high < math.inf:
+            raise ValueError(f"told is {low:g} {high:g}; wanted two scales of at least 0, the smaller first, as 1 8")
+        if self.guidance_scale is not None and not low <= self.guidance_scale <= high:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale:g}; wanted one of those told, {low:g} to {high:g}"
+            )
+
+    def student(self, model: Distillable, hops: Hops, guidance: float | None = None) -> Policy:
+        """As of any distillation; told the scale it is drawn with, the nearest in its range to the model's own unless
+        another was given. Raises ValueError for a network that cannot be told."""
+        if self.told is not None and guidance is None:
+            scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
+            guidance = min(max(scale, self.told[0]), self.told[1])
+        return super().student(model, hops, guidance)
+
+    def teacher(self, model: Distillable, student: Policy) -> Policy:
+        """As of any distillation; guided by each row's own scale."""
+        plain = super().teacher(model, student)
+        return plain if self.told is None else plain.with_(guidance=by_row)
+
+    def chains(self, places: Places, generator: torch.Generator) -> Chains:
+        """As of any distillation; each chain with its scale."""
+        return replace(super().chains(places, generator), told=self.told)
 
 
 @dataclass(frozen=True)

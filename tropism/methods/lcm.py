@@ -8,7 +8,8 @@ folded in.
 Departures from luosiallen/latent-consistency-model:
 - states come from the teacher's own chains (2406.05768), so that no data are needed, unless ``data`` is pictures as
   theirs; the teacher has ``inference_steps`` moves where they step by ``skip`` = 20 of 1000;
-- one guidance scale, ``guidance_scale``, where they draw one for every row and embed it;
+- one guidance scale, ``guidance_scale``, unless ``told`` is the range from which every row draws its own, as theirs do:
+  the network then reads it from an input of its own (2210.03142), here in the convention in which 1 is no guidance;
 - huber with c = 0.01, of the size of what a latent differs by;
 - ``direct`` asks the student nothing about the nearer state: the teacher's chain says where it ends, so that nothing
   drifts (docs/methods/lcm.md).
@@ -26,11 +27,11 @@ from tropism.distillation import Distillation, Pictures, Source, Stepped
 from tropism.distillation.noised import rungs
 from tropism.distillation.pairs import adjacent, straight
 from tropism.ema import Ema
-from tropism.methods.distilling import DirectDistillationSettings, latent_size
+from tropism.methods.distilling import DirectDistillationSettings, ToldSettings, latent_size
 
 
 @dataclass(frozen=True)
-class Settings(DirectDistillationSettings):
+class Settings(ToldSettings, DirectDistillationSettings):
     """Consistency distillation, from the teacher's own chains or from pictures."""
 
     data: Literal["chains", "pictures"] = "chains"
@@ -67,7 +68,8 @@ class Settings(DirectDistillationSettings):
         source: Source = self.chains(places, generator)
         if pictures is not None:
             times = rungs(teacher.ts, self.skip)
-            source = Stepped(model, pictures, times, self.minibatch, self.updates, self.passes, generator)
+            sizes = (self.minibatch, self.updates, self.passes)
+            source = Stepped(model, pictures, times, *sizes, generator, told=self.told)
         return Distillation(
             student,
             teacher,

@@ -190,6 +190,11 @@ class LatentPipeline(Trainable):
         config = self.pipe.vae.config
         return (latents - float(config.get("shift_factor") or 0.0)) * float(config.scaling_factor)
 
+    def be_told(self) -> None:
+        """As of any model; nothing is left to do for a network that takes guidance as it is."""
+        if not self.takes_guidance(self.pipe):
+            super().be_told()
+
     def _few_step_view(self, hops: Hops, steps: int) -> Self:
         view = copy.copy(self)
         view.pipe = copy.copy(self.pipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Self
 
@@ -28,7 +29,9 @@ class OwnModel(Trainable):
     is the straight path (rectified flow) and tau is the time itself, from 1 (noise) to 0. ``grid(steps)`` are the times
     of a chain, (steps + 1,); none: even levels of a flow, trailing timesteps of a DDPM table, even times of another.
     With ``takes_end`` the network also has an argument ``end_time``, which may be missing: where on the path it is
-    asked to go, as tau; it can then be trained to jump there (``denoisers.FlowMap``).
+    asked to go, as tau; it can then be trained to jump there (``denoisers.FlowMap``). With ``takes_guidance`` it has
+    an argument ``told_guidance``, which may be missing as well: the scale of guidance, (B,), which a distillation can
+    then teach it to follow.
 
     The network is put in evaluation mode and frozen, until ``add_lora`` (all linear layers unless told otherwise) or
     ``train_full``. A LoRA is saved in PEFT's format, all weights as a state dictionary, both as safetensors.
@@ -50,6 +53,7 @@ class OwnModel(Trainable):
         steps: int = 20,
         negative_prompt: str = "",
         takes_end: bool = False,
+        takes_guidance: bool = False,
         latents: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         network.eval().requires_grad_(False)
@@ -60,7 +64,8 @@ class OwnModel(Trainable):
         self._own_decode, self._own_grid, self._guidance_scale = decode, grid, guidance_scale
         self._schedule = RectifiedFlow(num_train_timesteps=1) if schedule is None else schedule
         self._checkpointing = self._slicing = False
-        self.denoiser = NetDenoiser(self.net, self._schedule, target, takes_end=takes_end)
+        self._takes_guidance, self._told = takes_guidance, False
+        self.denoiser = self._plain = NetDenoiser(self.net, self._schedule, target, takes_end=takes_end)
 
     @property
     def guidance_scale(self) -> float:
@@ -121,9 +126,19 @@ class OwnModel(Trainable):
             return table_grid(self._schedule.size, steps, "trailing")
         return torch.linspace(1, 0, steps + 1)
 
+    def be_told(self) -> None:
+        """As of any model, where the network ``takes_guidance``."""
+        if not self._takes_guidance:
+            raise ValueError(
+                "the network of this model is not told its guidance; give it an argument told_guidance, and OwnModel "
+                "takes_guidance, or leave told out"
+            )
+        self._told = True
+
     def _few_step_view(self, hops: Hops, steps: int) -> Self:
         view = copy.copy(self)
         view._own_grid, view._guidance_scale = None, 1.0
+        view.denoiser = replace(self._plain, takes_guidance=self._told)
         if hops == "consistency":
             flow = isinstance(self._schedule, RectifiedFlow)
             view.denoiser = ConsistencyDenoiser(view.denoiser, None if flow else 10.0)
@@ -152,6 +167,7 @@ class OwnModel(Trainable):
 
     def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
         """Lines of Python that draw ``prompt``."""
+        few = f'"{self.hops}", {self.steps}' + (f", {self.guidance_scale:g}" if self.is_told else "")
         return [
             "import torch",
             "",
@@ -161,6 +177,6 @@ class OwnModel(Trainable):
             f'model = load_model({base}, torch.float32, torch.device("cpu"))',
             *(["model.train_full()"] if full else []),
             f'model.load_adapter("{adapter}")  # the folder beside this file',
-            *([] if self.hops is None else [f'model = model.few_step("{self.hops}", {self.steps})']),
+            *([] if self.hops is None else [f"model = model.few_step({few})"]),
             f"images = deterministic(model, model.steps).images([{prompt!r}])  # (1, 3, H, W) in [0, 1]",
         ]

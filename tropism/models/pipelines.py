@@ -124,7 +124,8 @@ def wrap_pipeline(
 
 
 def read_defaults(folder: Path) -> dict[str, Any]:
-    """``guidance_scale``, ``steps``, and of what was distilled ``hops``, of ``folder/tropism.json``, or {}.
+    """``guidance_scale``, ``steps``, and of what was distilled ``hops`` and whether it is ``told`` its guidance, of
+    ``folder/tropism.json``, or {}.
 
     Raises ValueError for any other content.
     """
@@ -132,13 +133,15 @@ def read_defaults(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     content = read_json(file)
-    wrong = sorted(set(content) - {"guidance_scale", "steps", "hops"})
+    wrong = sorted(set(content) - {"guidance_scale", "steps", "hops", "told"})
     if wrong:
-        raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale, steps and hops only")
+        raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale, steps, hops and told only")
+    if not isinstance(content.get("told", False), bool):
+        raise ValueError(f"{file} gives told as {content['told']!r}; wanted true or false")
     if content.get("hops", "ode") not in get_args(Hops):
         raise ValueError(f"{file} gives hops as {content['hops']!r}; wanted one of {', '.join(get_args(Hops))}")
     for name, value in content.items():
-        if name == "hops":
+        if name in ("hops", "told"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{file} gives {name} as {value!r}; wanted a positive number")

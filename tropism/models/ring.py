@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tropism.base import Cond, Denoiser, Hops, Prediction, Prompts, Schedule
-from tropism.denoisers import END, ConsistencyDenoiser, FlowMap, NetDenoiser, Preconditioned
+from tropism.denoisers import END, TOLD, ConsistencyDenoiser, FlowMap, NetDenoiser, Preconditioned
 from tropism.models.toy import MixtureDenoiser, linear
 from tropism.schedules import EDM, NetSchedule, RectifiedFlow
 
@@ -25,7 +25,8 @@ OUTLIER = 12.0
 
 
 class RingNet(nn.Module):
-    """SiLU layers: x (B, D), number (B,), cond["label"] (B,), and cond[END] (B,) if there is one -> (B, D).
+    """SiLU layers: x (B, D), number (B,), cond["label"] (B,), and cond[END] and cond[TOLD] (B,) if there are any
+    -> (B, D).
 
     Times enter as sinusoids of at most ``fastest`` radians a unit: a consistency function must be smooth in time.
     ``scale`` is how many units the numbers of the schedule span.
@@ -46,6 +47,8 @@ class RingNet(nn.Module):
         self.labels = nn.Parameter(torch.randn(labels + 1, 16, generator=generator))  # the last is for none
         sizes = (dimensions + 2 * 16 + 16, width, width, width, dimensions)
         self.layers = nn.ModuleList(linear(a, b, generator) for a, b in itertools.pairwise(sizes))
+        self.told = nn.utils.skip_init(nn.Linear, 16, sizes[0], bias=False)
+        nn.init.zeros_(self.told.weight)  # so that being told the guidance changes nothing at first
 
     def _waves(self, number: Tensor) -> Tensor:
         speeds: Tensor = self.speeds  # type: ignore[assignment]
@@ -56,6 +59,8 @@ class RingNet(nn.Module):
         """``number`` and cond[END] are what the schedule's ``net_time`` says of two times."""
         end = cond[END] if END in cond else torch.zeros_like(number)
         hidden = torch.cat([x, self._waves(number), self._waves(end), self.labels[cond["label"]]], dim=1)
+        if TOLD in cond:
+            hidden = hidden + self.told(self._waves(cond[TOLD] * self.scale / 10))
         for layer in self.layers[:-1]:
             hidden = nn.functional.silu(layer(hidden))
         return self.layers[-1](hidden)  # type: ignore[no-any-return]
@@ -105,6 +110,7 @@ class Ring:
         self._student: Denoiser = inner
         self._now = {"reference": False}  # views share it
         self._hops: Hops | None = None
+        self._told = False
 
     @property
     def denoiser(self) -> Denoiser:
@@ -159,10 +165,11 @@ class Ring:
         finally:
             self._now["reference"] = before
 
-    def few_step(self, hops: Hops, steps: int) -> Ring:
-        """The same network, unguided."""
+    def few_step(self, hops: Hops, steps: int, guidance: float | None = None) -> Ring:
+        """The same network, unguided or told."""
         view = copy.copy(self)
-        view.guidance_scale, view.steps, view._hops = 1.0, steps, hops
+        view.guidance_scale, view.steps, view._hops = 1.0 if guidance is None else guidance, steps, hops
+        view._told = guidance is not None
         return view
 
     def sample(self, prompts: Sequence[str], generator: torch.Generator | None = None) -> Tensor:
@@ -190,12 +197,13 @@ def _means(modes: int, dimensions: int) -> Tensor:
 
 
 class _Either:
-    """The denoiser of a ring: which one it is is decided at every call. The mixture does not read cond[END]."""
+    """The denoiser of a ring: which one it is is decided at every call. The mixture reads neither cond[END] nor
+    cond[TOLD]."""
 
     takes_end = True
 
     def __init__(self, ring: Ring) -> None:
-        self._ring = ring
+        self._ring, self.takes_guidance = ring, ring._told
 
     @property
     def schedule(self) -> Schedule:

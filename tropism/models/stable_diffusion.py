@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from tropism.base import Cond
 from tropism.denoisers import TOLD
+from tropism.models.adapters import Full
 from tropism.models.ddpm_pipeline import DDPMPipeline
 from tropism.models.latent_pipeline import NO_FLOW, About
+
+TOLD_WIDTH = 256  # of the embedding of guidance, as in LCM
 
 
 class StableDiffusion(DDPMPipeline):
@@ -58,18 +61,42 @@ class StableDiffusion(DDPMPipeline):
             x,
             tau,
             encoder_hidden_states=cond["prompt_embeds"],
-            timestep_cond=self._guidance(x, cond) if self.takes_guidance(self.pipe) else None,
+            timestep_cond=self._guidance(net, x, cond),
             added_cond_kwargs=self._added(x, cond),
             return_dict=False,
         )[0]
         return output
 
-    def _guidance(self, x: Tensor, cond: Cond) -> Tensor:
-        """(B, width): the embedding of w - 1, which is what LCM calls the scale."""
+    def _guidance(self, net: Any, x: Tensor, cond: Cond) -> Tensor | None:
+        """(B, width): the embedding of w - 1, which is what LCM calls the scale. None for a network without a place for
+        it, as the reference of one that has learnt to be told."""
+        size = net.config.get("time_cond_proj_dim")
+        if size is None:
+            return None
         w = cond.get(TOLD, torch.full(x.shape[:1], self.guidance_scale)).float().cpu()
-        size = self.pipe.unet.config.time_cond_proj_dim
         embedded: Tensor = self.pipe.get_guidance_scale_embedding(w - 1, embedding_dim=size)
         return embedded.to(x)
+
+    def be_told(self) -> None:
+        """The UNet gets ``time_embedding.cond_proj``, as diffusers builds it for ``time_cond_proj_dim``, of zeros.
+
+        Raises ValueError unless the whole network is trained: a LoRA would not have it.
+        """
+        unet = self.pipe.unet
+        if self.takes_guidance(self.pipe):
+            return
+        if not isinstance(self._trained, Full):
+            raise ValueError(
+                "a LoRA cannot hold the input by which a UNet is told its guidance; train it in full (full), or leave "
+                "told out"
+            )
+        first = unet.time_embedding.linear_1
+        told = nn.Linear(TOLD_WIDTH, first.in_features, bias=False, device="meta").to_empty(device=first.weight.device)
+        nn.init.zeros_(told.weight)
+        unet.time_embedding.cond_proj = told.to(first.weight.dtype)
+        unet.register_to_config(time_cond_proj_dim=TOLD_WIDTH)
+        self._trained.parameters.append(told.weight)
+        self._twins.clear()
 
     def _added(self, x: Tensor, cond: Cond) -> dict[str, Tensor] | None:
         return None

@@ -12,14 +12,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tropism.base import Cond, Denoiser, Hops, Prediction, Schedule, bcast
-from tropism.denoisers import END, ConsistencyDenoiser, FlowMap, NetDenoiser, regression_target
+from tropism.denoisers import END, TOLD, ConsistencyDenoiser, FlowMap, NetDenoiser, regression_target
 from tropism.schedules import DDPMTable, RectifiedFlow, Spacing, add_noise, ddpm_table, flow_grid, table_grid
 
 
@@ -218,23 +218,26 @@ SPREAD = 0.25
 class ToyNet(nn.Module):
     """A SiLU network: x (B, 2), number (B,), cond["prompt_embeds"] (B, 2, 16), two phrase tokens -> (B, 2).
 
-    It can be told a second time, cond[END] (B,). The first ``octaves`` of the 8 waves in which it sees a time are told;
-    all are 100 radians fast, 3 are 3."""
+    It can be told a second time, cond[END] (B,), and the guidance, cond[TOLD] (B,). The first ``octaves`` of the 8
+    waves in which it sees a time are told; all are 100 radians fast, 3 are 3."""
 
     def __init__(self, generator: torch.Generator, width: int = 96, token: int = 16, octaves: int = 8) -> None:
         super().__init__()
         self.octaves = octaves
         sizes = (2 + 16 + 2 * token, width, width, width, 2)
         self.layers = nn.ModuleList(linear(a, b, generator) for a, b in itertools.pairwise(sizes))
-        self.end = nn.utils.skip_init(nn.Linear, 16, width, bias=False)
-        nn.init.zeros_(self.end.weight)  # so that being told a second time changes nothing at first
+        self.end, self.told = (nn.utils.skip_init(nn.Linear, 16, width, bias=False) for _ in range(2))
+        for more in (self.end, self.told):
+            nn.init.zeros_(more.weight)  # so that being told more changes nothing at first
 
     def forward(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
-        """``number``, and cond[END] if there is one, run over 0..1000."""
+        """``number``, and cond[END] if there is one, run over 0..1000; a scale of guidance over about 0..10."""
         told = torch.cat([x, _waves(number, x, self.octaves), cond["prompt_embeds"].to(x).flatten(1)], dim=1)
         hidden = self.layers[0](told)
         if END in cond:
             hidden = hidden + self.end(_waves(cond[END], x, self.octaves))
+        if TOLD in cond:
+            hidden = hidden + self.told(_waves(25 * cond[TOLD], x, self.octaves))
         for layer in self.layers[1:]:
             hidden = layer(nn.functional.silu(hidden))
         return hidden  # type: ignore[no-any-return]
@@ -275,9 +278,13 @@ class ToyTextToImage:
         self._frozen, self._now = copy.deepcopy(net).requires_grad_(False), {"reference": False}  # views share these
         self.denoiser: Denoiser = NetDenoiser(self._output, self.schedule, target, takes_end=True)
 
+    @property
+    def network(self) -> ToyNet:
+        """What is trained, or inside ``reference`` what it was."""
+        return self._frozen if self._now["reference"] else self.net
+
     def _output(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
-        net = self._frozen if self._now["reference"] else self.net
-        return net(x, number, cond)  # type: ignore[no-any-return]
+        return self.network(x, number, cond)  # type: ignore[no-any-return]
 
     @classmethod
     def train(
@@ -352,14 +359,18 @@ class ToyTextToImage:
         """The points themselves, (B, 2)."""
         return images
 
-    def few_step(self, hops: Hops, steps: int) -> ToyTextToImage:
-        """The same network, unguided; a consistency model noises its answer again, a flow map is told where to."""
+    def few_step(self, hops: Hops, steps: int, guidance: float | None = None) -> ToyTextToImage:
+        """The same network, unguided or told; a consistency model noises its answer again, a flow map is told where
+        to."""
         view = copy.copy(self)
-        view.guidance_scale, view._spacing = 1.0, "trailing"
+        view.guidance_scale, view._spacing = 1.0 if guidance is None else guidance, "trailing"
+        if guidance is not None:
+            assert isinstance(self.denoiser, NetDenoiser)
+            view.denoiser = replace(self.denoiser, takes_guidance=True)
         if hops == "consistency":
-            view.denoiser = ConsistencyDenoiser(self.denoiser, None if self.target == "flow" else 10.0)
+            view.denoiser = ConsistencyDenoiser(view.denoiser, None if self.target == "flow" else 10.0)
         if hops == "jump":
-            view.denoiser = FlowMap(self.denoiser)
+            view.denoiser = FlowMap(view.denoiser)
         return view
 
 

@@ -37,6 +37,8 @@ class Trainable(ABC):
     steps: int
     negative_prompt: str
     hops: Hops | None = None  # of a model that is made for few steps
+    is_told: bool = False  # the guidance, which it has learnt to be
+    _guidance_scale: float
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -114,19 +116,35 @@ class Trainable(ABC):
     def _few_step_view(self, hops: Hops, steps: int) -> Self:
         """A copy that shares the network and what is trained, with even times and the denoiser of these hops."""
 
-    def few_step(self, hops: Hops, steps: int) -> Self:
+    def be_told(self) -> None:
+        """The network gets an input for the guidance, if it has none, which changes nothing yet and is trained.
+
+        Views that are made from now on are told; this model itself, and its reference, are not. Raises ValueError for a
+        network that has no place for it.
+        """
+        raise ValueError(
+            f"the network of a {type(self).__name__} cannot be told its guidance; leave told out, or take a UNet of "
+            "Stable Diffusion"
+        )
+
+    def few_step(self, hops: Hops, steps: int, guidance: float | None = None) -> Self:
         """The same network, and what is trained in it so far, drawn with in ``steps`` unguided moves on even times.
 
-        The view shares everything but how it is drawn with; what it saves says how. Raises ValueError for a model that
-        is made for few steps already, and for jumps of a network that cannot be told where to.
+        With ``guidance`` its network is told a scale (``be_told``), this one unless another is asked for. The view
+        shares everything but how it is drawn with; what it saves says how. Raises ValueError for a model that is made
+        for few steps already, and for jumps or guidance of a network that cannot be told where to, or which.
         """
         if self.hops is not None or isinstance(self.denoiser, ConsistencyDenoiser):
             raise ValueError("model is made for few steps already; wanted the model that it was distilled from")
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
         jumping = FlowMap(self.denoiser) if hops == "jump" else None  # refuses what cannot be told
+        if guidance is not None:
+            self.be_told()
         view = self._few_step_view(hops, steps)
-        view.denoiser = view.denoiser if jumping is None else jumping
+        if guidance is not None:
+            view._guidance_scale, view.is_told = guidance, True
+        view.denoiser = view.denoiser if jumping is None else FlowMap(view.denoiser)
         view.hops, view.steps = hops, steps
         return view
 
@@ -144,9 +162,14 @@ class Trainable(ABC):
         with nullcontext() if trained is None else trained.precision():
             return self._predict(self._network(), x.to(dtype), tau, rows).float()
 
+    @property
+    def network(self) -> nn.Module:
+        """The network with its adapter, or inside ``reference`` as it was; for hooks, which a stand-in shares."""
+        return self._net if self._trained is None else self._trained.module
+
     def _network(self) -> nn.Module:
         """What is called: the network with its adapter."""
-        return self._net if self._trained is None else self._trained.module
+        return self.network
 
     def bare_network(self) -> nn.Module:
         """The network with its adapter; from now on it is called itself, and no faster stand-in."""
@@ -286,8 +309,9 @@ class Trainable(ABC):
 
     def told(self) -> dict[str, Any]:
         """How it is drawn with, as ``tropism.json`` says it."""
-        said = {"guidance_scale": self.guidance_scale, "steps": self.steps}
-        return said if self.hops is None else said | {"hops": self.hops}
+        said: dict[str, Any] = {"guidance_scale": self.guidance_scale, "steps": self.steps}
+        said |= {} if self.hops is None else {"hops": self.hops}
+        return said | {"told": True} if self.is_told else said
 
     def load_adapter(self, folder: str | Path) -> None:
         """Continues from ``save_adapter``; without anything trained yet, first adds a LoRA like the saved one.
@@ -299,6 +323,9 @@ class Trainable(ABC):
             kind = self._lora_kind()
             self._train(kind(self.pipe, self.part, kind.read(Path(folder), self.part)[1]))
         assert self._trained is not None
+        said = Path(folder) / DEFAULTS_FILE
+        if said.is_file() and json.loads(said.read_text(encoding="utf-8")).get("told"):
+            self.be_told()
         self._trained.load(Path(folder))
 
 
