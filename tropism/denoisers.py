@@ -30,6 +30,8 @@ END = "end_time"
 
 MEAN = "noise_mean"
 """The entry of cond (B, ...) that is the mean of the noise, for a network that was trained with one (``Shifted``)."""
+MASK = "mask"
+"""The entry of cond (B, ...), of ones and zeros, that says what of a state is there; what fills it up is 0."""
 
 
 def _known(target: str) -> None:

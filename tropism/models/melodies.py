@@ -21,11 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tropism.base import Cond, Denoiser, Hops, Prediction, Schedule, bcast
-from tropism.denoisers import MEAN, ConsistencyDenoiser, Preconditioned, Shifted, consistent
+from tropism.denoisers import MASK, MEAN, ConsistencyDenoiser, Preconditioned, Shifted, consistent
 from tropism.models.own import OwnModel
 from tropism.schedules import EDM
 
-MASK = "mask"  # (B, 1, 1, F) of cond: 1 for frames of the clip, 0 for what fills it up
 SCALE = 3.5  # brings values in [0, 1], most of them 0, to a root mean square of 0.5
 SIGMA_DATA, FLOOR = 0.5, 0.002
 ZOOM = 3  # pixels of a value

@@ -97,7 +97,8 @@ def spectrogram(wave: Float) -> Float:
     frames = np.lib.stride_tricks.sliding_window_view(padded, 2 * HOP)[::HOP]
     parts = frames @ _analysis()
     amplitude = np.hypot(parts[:, :BINS], parts[:, BINS:]).T
-    return np.clip(1 + 20 * np.log10(np.maximum(amplitude, 1e-9) / LOUDEST) / RANGE, 0, 1).astype(np.float32)
+    values: Float = np.clip(1 + 20 * np.log10(np.maximum(amplitude, 1e-9) / LOUDEST) / RANGE, 0, 1).astype(np.float32)
+    return values
 
 
 def render(melody: Melody, seed: int) -> Float:
@@ -110,10 +111,11 @@ def render_batch(melodies: Sequence[Melody], seeds: Sequence[int] | NDArray[np.i
     return np.stack([render(melody, int(seed)) for melody, seed in zip(melodies, seeds, strict=True)])
 
 
-def _amplitude(values: NDArray[np.floating]) -> NDArray[np.floating]:
+def _amplitude(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of a sinusoid with that value; 0 of 0."""
     quietest = 10 ** (-RANGE / 20)
-    return LOUDEST * (10 ** ((np.clip(values, 0, 1) - 1) * RANGE / 20) - quietest) / (1 - quietest)
+    above: NDArray[np.float64] = 10 ** ((np.clip(values, 0, 1) - 1) * RANGE / 20) - quietest
+    return LOUDEST * above / (1 - quietest)
 
 
 def resynthesise(values: Float) -> Float:
