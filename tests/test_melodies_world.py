@@ -111,6 +111,7 @@ def test_a_held_out_tune_is_held_out_in_every_key_and_on_every_instrument() -> N
 def test_the_score_says_what_sounds_in_every_frame() -> None:
     found = score("soft organ C4 hold rest B5", FRAMES_A_BEAT)
     assert found.mask.sum() == 16 and list(np.flatnonzero(found.begins)) == [0, 12]
+    assert list(np.flatnonzero(found.ends)) == [7, 15]
     low, silent, high = found.voices[:8], found.voices[8:12], found.voices[12:16]
     assert set(low) == {2} and set(silent) == {VOICES - 1} and set(high) == {23 * 6 + 2}
     assert set(found.voices[16:]) == {VOICES - 1}

@@ -41,6 +41,9 @@ class Score(Protocol):
     def begins(self) -> NDArray[np.bool_]: ...
 
     @property
+    def ends(self) -> NDArray[np.bool_]: ...
+
+    @property
     def mask(self) -> NDArray[np.bool_]: ...
 
 
@@ -76,7 +79,7 @@ class Decoder(nn.Module):
     def __init__(self, bins: int, frames: int, width: int = 128, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.register_buffer("speeds", torch.logspace(0, math.log10(16.0), 8), persistent=False)
-        self.first = nn.Linear(2 * bins + 1, width)
+        self.first = nn.Linear(2 * bins + 2, width)
         self.places = nn.Parameter(0.02 * torch.randn(frames, width))
         self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -84,10 +87,11 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, tau: Tensor, noise_mean: Tensor, begins: Tensor, mask: Tensor) -> Tensor:
-        """``noise_mean`` as x, ``begins`` and ``mask`` (B, 1, 1, F) of zeros and ones; tau is ln(level) / 4."""
+    def forward(self, x: Tensor, tau: Tensor, noise_mean: Tensor, marks: Tensor, mask: Tensor) -> Tensor:
+        """``noise_mean`` as x; ``marks`` (B, 1, 2, F), where notes begin and end, and ``mask`` (B, 1, 1, F) are 0
+        and 1; tau is ln(level) / 4."""
         mask = mask.to(x)
-        shown = torch.cat([x * mask, noise_mean.to(x), begins.to(x)], dim=2)[:, 0].transpose(1, 2)
+        shown = torch.cat([x * mask, noise_mean.to(x), marks.to(x)], dim=2)[:, 0].transpose(1, 2)
         speeds: Tensor = self.speeds  # type: ignore[assignment]
         angle = tau.float().clamp(min=-4.0)[:, None] * speeds  # below level 1e-7 the answer is not used
         time = self.time(torch.cat([angle.sin(), angle.cos()], dim=1).to(x))
@@ -121,11 +125,9 @@ def encoder(table: Tensor, read: Read) -> Callable[[list[str]], dict[str, Tensor
     def encode(prompts: list[str]) -> dict[str, Tensor]:
         scores = [read(prompt) for prompt in prompts]
         voices = torch.from_numpy(np.stack([score.voices for score in scores]))
-        begins, mask = (
-            torch.from_numpy(np.stack(rows)).float()[:, None, None]
-            for rows in ([score.begins for score in scores], [score.mask for score in scores])
-        )
-        return {MEAN: table[voices].transpose(1, 2)[:, None], "begins": begins, MASK: mask}
+        marks = torch.from_numpy(np.stack([[score.begins, score.ends] for score in scores])).float()
+        mask = torch.from_numpy(np.stack([score.mask for score in scores])).float()
+        return {MEAN: table[voices].transpose(1, 2)[:, None], "marks": marks[:, None], MASK: mask[:, None, None]}
 
     return encode
 

@@ -99,22 +99,23 @@ class Score(NamedTuple):
 
     voices: NDArray[np.int64]  # (F,)
     begins: NDArray[np.bool_]  # (F,) the first frame of a note
+    ends: NDArray[np.bool_]  # (F,) the last frame of a note
     mask: NDArray[np.bool_]  # (F,) False after the melody
 
 
 def score(text: str, frames: int) -> Score:
     """Of a prompt, with so many frames a beat; the empty prompt is silent, and says nothing of its length."""
     length = frames * BEATS[1]
-    voices, begins = np.full(length, VOICES - 1), np.zeros(length, bool)
+    voices, begins, ends = np.full(length, VOICES - 1), np.zeros(length, bool), np.zeros(length, bool)
     if not text:
-        return Score(voices, begins, np.ones(length, bool))
+        return Score(voices, begins, ends, np.ones(length, bool))
     melody = parse(text)
     kind = INSTRUMENTS.index(melody.instrument) * len(LOUDNESS) + LOUDNESS.index(melody.loudness)
     for note in melody.notes:
-        start = note.beat * frames
-        voices[start : start + note.beats * frames] = note.pitch * len(INSTRUMENTS) * len(LOUDNESS) + kind
-        begins[start] = True
-    return Score(voices, begins, np.arange(length) < len(melody.words) * frames)
+        start, end = note.beat * frames, (note.beat + note.beats) * frames
+        voices[start:end] = note.pitch * len(INSTRUMENTS) * len(LOUDNESS) + kind
+        begins[start] = ends[end - 1] = True
+    return Score(voices, begins, ends, np.arange(length) < len(melody.words) * frames)
 
 
 def split_of(melody: Melody) -> Split:
