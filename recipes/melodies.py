@@ -4,7 +4,7 @@
 
 1. 6,000 clips of the training split are synthesised.
 2. The encoder: the mean spectrogram of every voice over its frames, which minimises the prior loss of CoMoSpeech
-   (2305.06908, eq. 12 with unit variance) exactly; there is nothing to align, as the score says when notes are played.
+   (2305.06908, a Gaussian of unit variance) exactly; nothing is to be aligned, as the score says when notes are played.
 3. The decoder: EDM's loss (2206.00364) at levels exp(N(-1.2, 1.2^2)), in bf16, with the average of the weights kept.
 
 ``--no-mean`` trains the same decoder with noise without a mean, to compare with.

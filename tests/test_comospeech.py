@@ -11,9 +11,13 @@ import torch
 from distillers import points
 from leaning import Leaning
 from methods import Off, batch, toy
+from safetensors.torch import load_file
+from small_run import refused, said, small_place, train_words
 from torch import Tensor
 
+from tropism import catalog
 from tropism.base import Prompts
+from tropism.config import BadInput
 from tropism.data.prompts import PromptSet
 from tropism.denoisers import MASK, MEAN, Shifted
 from tropism.distillation import Distillation, Pairs
@@ -22,7 +26,7 @@ from tropism.methods import comospeech, lcm
 from tropism.methods.comospeech import unmasked
 from tropism.models.melodies import SCALE, Decoder, Melodies, load_melodies, save_melodies
 from tropism.policy import Policy
-from tropism.samplers import Consistency, walk
+from tropism.samplers import DDIM, Consistency, walk
 from tropism.train import train
 from tropism.worlds import melodies as world
 
@@ -238,3 +242,58 @@ def test_pictures_are_what_the_world_draws(tmp_path: Any) -> None:
         torch.testing.assert_close(
             again.denoiser(*asked(again)).x0, made.denoiser(*asked(made)).x0, rtol=0.02, atol=0.02
         )
+
+
+def test_melodies_is_a_name_for_model_prompts_and_rewards() -> None:
+    own = [catalog.own_prompts("melodies", held) for held in (False, True)]
+    assert own == ["melodies", "melodies-held-out"] and catalog.own_rewards("melodies") == ["melodies"]
+    train_set, held_out = (catalog.read_prompt_set(name) for name in ("melodies:40", "melodies-held-out:40"))
+    assert {world.split_of(world.parse(text)) for text in train_set.text} == {"train"}
+    assert {world.split_of(world.parse(text)) for text in held_out.text} == {"held_out"}
+    assert len(catalog.read_prompt_set("melodies").text) == 512
+    clips = catalog.pictures("melodies:40", train_set)(train_set.batch(range(40), 1), torch.Generator().manual_seed(0))
+    for name in ("melodies", "melodies_pass"):
+        reward = catalog.build_reward(catalog.parse_reward(name), "melodies", torch.device("cpu"))
+        assert reward.name == name and reward(clips, train_set.text).mean() == 1
+    assert reward(clips.roll(1, 0), train_set.text).mean() < 0.1
+    with pytest.raises(BadInput, match=r"prompts is melodies-pair"):
+        catalog.read_prompt_set("melodies-pair")
+
+
+def test_the_shipped_model_is_loaded_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    made = catalog.load_model("melodies", torch.float32, torch.device("cpu"))
+    texts = world.prompts(8, 2, "held_out")
+    heard = world.verify_batch(
+        Policy(made, DDIM(0.0), 12).images(texts, torch.Generator().manual_seed(0)).numpy(), texts
+    )
+    assert sum(verdict.score for verdict in heard) / 8 > 0.75
+    result = said(["models", "melodies"], capsys)
+    assert result.code == 0 and "1 x 48 x 32" in result.out and "50 steps" in result.out
+    with pytest.raises(BadInput, match="export knows diffusers' pipelines"):
+        catalog.exporter("melodies")
+
+
+def words(**changes: str) -> list[str]:
+    common = dict(model="melodies", prompts="melodies:8", reward="melodies", inference_steps="4", images_per_prompt="1")
+    return train_words("comospeech", **common | {"full": "", "eval_images": "2", "eval_every": "0"} | changes)
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = said(words(out="run"), capsys)
+    assert result.code == 0, result.err
+    assert said(words(out="half", steps="1"), capsys).code == 0
+    assert said(["distill", "comospeech", "--resume", "half", "--steps", "2"], capsys).code == 0
+    whole, parts = (load_file(f"{run}/adapter/network/model.safetensors") for run in ("run", "half"))
+    was = load_file(catalog.models.MELODIES)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert any(not torch.equal(value, was[name].float()) for name, value in whole.items())
+    assert (
+        said(["sample", "--model", "melodies", "--prompt", SHORT, "--adapter", "run", "--out", "a.png"], capsys).code
+        == 0
+    )
+
+
+def test_the_command_refuses_other_models(tiny_sd: Any, tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(small_place(tiny_sd, tmp_path))
+    assert "the noise of this model has no mean" in refused(train_words("comospeech"), capsys)
