@@ -8,14 +8,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from methods import Row
+from leaning import Leaning
+from methods import Row, toy
 from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
 from tropism.data.prompts import PromptSet
-from tropism.methods import ct, ctm, ect, ict, lcm, mean_flow, mlcm, rg_lcd, scm, scott, shortcut, slct, sound_ctm
+from tropism.methods import (
+    comospeech,
+    ct,
+    ctm,
+    ect,
+    ict,
+    lcm,
+    mean_flow,
+    mlcm,
+    rg_lcd,
+    scm,
+    scott,
+    shortcut,
+    slct,
+    sound_ctm,
+)
 from tropism.methods.training import ConsistencyTrainingSettings
-from tropism.models.toy import MODES, PROMPTS, SPREAD
+from tropism.models.toy import MODES, PROMPTS, SPREAD, ToyTextToImage
 from tropism.policy import Policy
 from tropism.samplers import solver
 
@@ -42,6 +58,13 @@ class Distiller(Row):
         if not alone:
             return taught(toy)
         return points(PromptSet(PROMPTS * 64).batch(range(512), 1), torch.Generator().manual_seed(1))
+
+
+class Leans(Distiller):
+    """On the toy whose noise has a mean."""
+
+    def toy(self, *, double: bool = False) -> ToyTextToImage:
+        return Leaning(toy("eps", double=double))
 
 
 def points(prompts: Prompts, generator: torch.Generator) -> Tensor:
@@ -75,6 +98,7 @@ DISTILLED = [
     _row("lcm_self_target", lcm.Settings(**SIZES, target_decay=0.0, skip=2), "eps", 40, (1, 0.37)),  # 0.277
     _row("lcm_pictures", lcm.Settings(**SIZES, data="pictures"), "flow", 40, (1, 0.1)),  # 0.073
     _row("lcm_told", lcm.Settings(**SIZES, **TOLD), "flow", 40, (1, 0.11)),  # 0.086
+    Leans("comospeech", comospeech.Settings(**SIZES, inference_steps=8), -math.inf, 40, ceilings=((1, 0.65),)),  # 0.544
     _row("mlcm", mlcm.Settings(**SIZES), "eps", 40, (4, 0.05)),  # 0.036
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
     _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025

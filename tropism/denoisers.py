@@ -28,6 +28,12 @@ END = "end_time"
 ``takes_end``)."""
 
 
+MEAN = "noise_mean"
+"""The entry of cond (B, ...) that is the mean of the noise, for a network that was trained with one (``Shifted``)."""
+MASK = "mask"
+"""The entry of cond (B, ...), of ones and zeros, that says what of a state is there; what fills it up is 0."""
+
+
 def _known(target: str) -> None:
     if target not in get_args(Target):
         raise ValueError(f"unknown target {target!r}; wanted one of {', '.join(get_args(Target))}")
@@ -236,6 +242,48 @@ class Preconditioned:
         said = self.net(bcast(1 / scale, x) * clean, net_time(self.schedule, t), cond)
         answer = bcast(skip, x) * clean + bcast(out, x) * said.float()
         return consistent(answer, x, bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x))
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """What a denoiser trained with noise of mean m = cond[MEAN] (B, ...) says of noise of mean 0.
+
+    Its path is x_t = alpha x_0 + sigma (z + m) with z ~ N(0, I) (2305.06908; m is what a score, a text or a coarse
+    sample suggests). Less sigma m that is the path every kernel walks, so they are unchanged: a chain that starts at
+    unit noise here starts at noise of mean m there, and noise that is drawn again has its mean by itself. x0 is the
+    same, and so is the clean end.
+    """
+
+    inner: Denoiser
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.inner.schedule
+
+    @property
+    def takes_guidance(self) -> bool:
+        """As the inner denoiser."""
+        return takes_guidance(self.inner)
+
+    @property
+    def takes_end(self) -> bool:
+        """As the inner denoiser."""
+        return takes_end(self.inner)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,). Raises ValueError where cond has no mean of the shape of x."""
+        mean = cond.get(MEAN)
+        if mean is None or mean.shape != x.shape:
+            got = "no" if mean is None else f"{tuple(mean.shape)}"
+            raise ValueError(f"cond has {got} {MEAN} for x {tuple(x.shape)}; wanted one of the same shape")
+        x0, eps = self.inner(x.float() + bcast(self.schedule.sigma(t), x) * mean.float(), t, cond)
+        return Prediction(x0, eps - mean.float())
+
+
+def has_mean(denoiser: Denoiser | None) -> bool:
+    """Whether its noise has a mean, also inside denoisers around it."""
+    return denoiser is not None and (isinstance(denoiser, Shifted) or has_mean(getattr(denoiser, "inner", None)))
 
 
 @dataclass(frozen=True, eq=False)

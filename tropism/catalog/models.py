@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parents[1] / "worlds" / "scenes" / "weights"
 SHIPPED: Mapping[str, str] = {"scenes": "flow", "scenes-sd": "sd", "scenes-flow": "flow", "scenes-lcm": "lcm"}
+MELODIES = Path(__file__).parents[1] / "worlds" / "melodies" / "weights" / "melodies.safetensors"
+BUILT: Mapping[str, str] = {"melodies": "tropism.catalog.models:melodies"}  # names of functions
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def check_model(name: str) -> str | Path:
     """The folder, hub name or function behind a name; a function is imported, not called. Raises BadInput for a folder
     without a pipeline and for an unknown name."""
+    name = BUILT.get(name, name)
     if _is_function(name):
         module, _, function = name.rpartition(":")
         load_function(module, function, "model")
@@ -40,8 +43,8 @@ def check_model(name: str) -> str | Path:
         return folder
     if not HUB_NAME.fullmatch(name) or name.startswith((".", "/", "~")):
         raise BadInput(
-            f"there is no model {name!r}; wanted {', '.join(SHIPPED)}, a folder, a hub name (owner/model), or "
-            "MODULE:FUNCTION"
+            f"there is no model {name!r}; wanted {', '.join([*SHIPPED, *BUILT])}, a folder, a hub name (owner/model), "
+            "or MODULE:FUNCTION"
         )
     return name
 
@@ -51,6 +54,16 @@ def _is_function(name: str) -> bool:
     return bool(module) and function.isidentifier() and not Path(name).expanduser().exists()
 
 
+def melodies() -> Trainable:
+    """The model that ships with the melodies world. Raises BadInput where its weights are missing."""
+    from tropism.models.melodies import load_melodies
+    from tropism.worlds.melodies import FRAMES_A_BEAT, score
+
+    if not MELODIES.is_file():
+        raise BadInput(f"the weights of melodies are not in this installation ({MELODIES}); reinstall tropism")
+    return load_melodies(MELODIES, lambda text: score(text, FRAMES_A_BEAT))
+
+
 def load_model(
     name: str, dtype: torch.dtype, device: torch.device, image_size: tuple[int, int] | None = None
 ) -> Trainable:
@@ -58,6 +71,7 @@ def load_model(
     from tropism.models.quiet import quiet_libraries
 
     quiet_libraries()
+    name = BUILT.get(name, name)
     if _is_function(name):
         if image_size is not None:
             raise BadInput(f"image_size is {image_size}, but {name} decides the size itself; leave image_size out")
@@ -96,6 +110,7 @@ def describe_model(name: str) -> dict[str, str]:
     from tropism.models.pipelines import hub_index
 
     found = check_model(name)
+    name = BUILT.get(name, name)
     if _is_function(name):
         return described(_called(name))
     return describe(found) if isinstance(found, Path) else describe(found, hub_index(found))
@@ -125,7 +140,7 @@ def told(adapter: Path) -> dict[str, Any]:
 
 def exporter(model: str) -> Any:
     """The module ``tropism.models.exported``. Raises BadInput for a model that is no pipeline."""
-    if _is_function(model):
+    if _is_function(BUILT.get(model, model)):
         raise BadInput(f"model is {model}, and export knows diffusers' pipelines; its adapter is safetensors as it is")
     from tropism.models.quiet import quiet_libraries
 

@@ -6,28 +6,36 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropism.catalog.models import SHIPPED
+from tropism.catalog.models import BUILT, SHIPPED
 from tropism.config import BadInput, one_line
 
 if TYPE_CHECKING:
+    import torch
+
     from tropism.base import Prompts
     from tropism.data.prompts import PromptSet
     from tropism.distillation import Pictures
 
 SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
+MELODIES_PROMPTS = re.compile(r"melodies(?P<held>-held-out)?(?::(?P<count>\d+))?")
 
 
 def own_prompts(model: str, held_out: bool) -> str | None:
     """The name of the prompts that a model was made for; None when there are none."""
-    return ("scenes-held-out" if held_out else "scenes") if model in SHIPPED else None
+    world = "scenes" if model in SHIPPED else model if model in BUILT else None
+    return f"{world}-held-out" if world and held_out else world
 
 
 def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
     """A file of prompts, or a set by name. Raises BadInput.
 
     The sets are scenes and scenes-held-out; -single, -count or -pair asks for captions of one kind, :N for how many
-    (scenes-held-out-pair:16); usual are 512 to train on, and 64 that are held out.
+    (scenes-held-out-pair:16); usual are 512 to train on, and 64 that are held out. melodies and melodies-held-out as
+    well, without kinds.
     """
+    melodies = MELODIES_PROMPTS.fullmatch(name)
+    if melodies is not None and not Path(name).is_file():
+        return _melodies(bool(melodies["held"]), melodies["count"])
     from tropism.data.prompts import PromptSet, read_prompts
     from tropism.worlds.scenes import KINDS, captions
 
@@ -44,9 +52,17 @@ def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
         raise BadInput(f"{field} is {name}: {one_line(error)}") from error
 
 
+def _melodies(held_out: bool, count: str | None) -> PromptSet:
+    from tropism.data.prompts import PromptSet
+    from tropism.worlds.melodies import prompts
+
+    split, usual = ("held_out", 64) if held_out else ("train", 512)
+    return PromptSet(prompts(int(count or usual), 0, split))  # type: ignore[arg-type]
+
+
 def pictures(name: str, prompts: PromptSet) -> Pictures:
-    """What the prompts show, for methods that learn from data: drawn for captions of scenes, else the files of a
-    column ``image``. Raises BadInput where there are neither."""
+    """What the prompts show, for methods that learn from data: drawn for captions of scenes and for melodies, else the
+    files of a column ``image``. Raises BadInput where there are neither."""
     import torch
 
     from tropism.data.images import COLUMN, check_files, read_images
@@ -58,6 +74,8 @@ def pictures(name: str, prompts: PromptSet) -> Pictures:
         except ValueError as error:
             raise BadInput(f"prompts is {name}: {error}") from error
         return lambda batch, generator: read_images([str(path) for path in batch.columns[COLUMN]])
+    if MELODIES_PROMPTS.fullmatch(name) is not None:
+        return _played
     if SCENES_PROMPTS.fullmatch(name) is None:
         raise BadInput(
             f"prompts is {name}, without pictures to learn from; wanted .jsonl rows with a column {COLUMN}, the path "
@@ -70,6 +88,16 @@ def pictures(name: str, prompts: PromptSet) -> Pictures:
         return pixels.permute(0, 3, 1, 2).float() / 255
 
     return drawn
+
+
+def _played(batch: Prompts, generator: torch.Generator) -> torch.Tensor:
+    """Spectrograms of melodies, each played anew."""
+    import torch
+
+    from tropism.worlds.melodies import parse, render_batch, to_pictures
+
+    seeds = torch.randint(2**31, (len(batch.text),), generator=generator).numpy()
+    return torch.from_numpy(to_pictures(render_batch([parse(text) for text in batch.text], seeds)))
 
 
 def pairs(name: str, prompts: PromptSet) -> Pictures:

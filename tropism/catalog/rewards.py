@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tropism.catalog.models import SHIPPED, WEIGHTS
+from tropism.catalog.models import BUILT, SHIPPED, WEIGHTS
 from tropism.config import BadInput, suggest
 from tropism.plugins import load_function
 
@@ -52,7 +53,7 @@ class Packaged:
 
 def own_rewards(model: str) -> list[str]:
     """The rewards that a model was made for."""
-    return ["scenes"] if model in SHIPPED else []
+    return ["scenes"] if model in SHIPPED else [model] if model in BUILT else []
 
 
 def parse_reward(text: str) -> RewardSpec:
@@ -182,6 +183,8 @@ def packaged_rewards() -> dict[str, Packaged]:
     return made | {
         "scenes": Packaged(_verified("score"), "how much of a scenes caption the picture shows", False),
         "scenes_pass": Packaged(_verified("pass"), "1 where it shows all of a scenes caption, else 0", False),
+        "melodies": Packaged(_verified("score", "melodies"), "share of a melody's beats that are heard", False),
+        "melodies_pass": Packaged(_verified("pass", "melodies"), "1 where all of a melody is heard, else 0", False),
         "clip": Packaged(_from_pretrained("ClipScore"), f"agreement of picture and prompt; {clip}"),
         "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
         "hpsv2": Packaged(_from_pretrained("HPSv2"), f"human preference; {clip}", needs_source=True),
@@ -204,12 +207,11 @@ def sample_pictures(count: int, size: int, seed: int) -> tuple[torch.Tensor, lis
     return torch.cat([shown, noise, torch.zeros_like(noise), torch.ones_like(noise)]).contiguous(), text
 
 
-def _verified(mode: Literal["score", "pass"]) -> Callable[[str | None, torch.device], Reward]:
+def _verified(mode: Literal["score", "pass"], world: str = "scenes") -> Callable[[str | None, torch.device], Reward]:
     def build(source: str | None, device: torch.device) -> Reward:
         from tropism.rewards import ScenesReward
-        from tropism.worlds.scenes import verify_batch
 
-        return ScenesReward(verify_batch, mode)
+        return ScenesReward(importlib.import_module(f"tropism.worlds.{world}").verify_batch, mode, world)
 
     return build
 

@@ -1,4 +1,4 @@
-"""The verifier of the embedded world as a reward. The verifier is an argument, so that rewards import no world."""
+"""The verifier of an embedded world as a reward. The verifier is an argument, so that rewards import no world."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ class ScenesReward:
     """How well each picture shows what its caption claims: the verdict's score, or 1 and 0 for pass and fail.
 
     ``score`` adds as info ``passed`` (B,) and one (B,) tensor for every part: 1 holds, 0 does not, NaN not claimed.
-    Pictures are clamped to [0, 1] first. Raises RewardError where the verifier fails or miscounts.
+    Pictures are clamped to [0, 1] first; ``world`` is what it is called after. Raises RewardError where the verifier
+    fails or miscounts.
     """
 
     differentiable = False
 
-    def __init__(self, verify_batch: Verify, mode: Literal["score", "pass"] = "score") -> None:
+    def __init__(self, verify_batch: Verify, mode: Literal["score", "pass"] = "score", world: str = "scenes") -> None:
         if mode not in ("score", "pass"):
             raise RewardError(f"there is no mode '{mode}'; choose 'score' or 'pass'")
         self.verify_batch = verify_batch
         self.mode = mode
-        self.name = "scenes" if mode == "score" else "scenes_pass"
+        self.name = world if mode == "score" else f"{world}_pass"
 
     def __call__(self, samples: Any, prompts: Sequence[str], **columns: Any) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] and B captions -> (B,) float32 in [0, 1]."""
