@@ -42,7 +42,7 @@ def tokenizer() -> CLIPTokenizer:
 
 def adapter() -> MotionAdapter:
     """2.4 million weights: a temporal transformer after each of the three blocks with layers of their own."""
-    return MotionAdapter(
+    made = MotionAdapter(
         block_out_channels=(192,),
         motion_layers_per_block=1,
         motion_num_attention_heads=4,
@@ -50,6 +50,10 @@ def adapter() -> MotionAdapter:
         motion_max_seq_length=FRAMES,
         use_motion_mid_block=False,
     )
+    for name, weight in made.named_parameters():
+        if ".proj_out." in name:  # of a module; diffusers leaves that to whoever trains
+            nn.init.zeros_(weight)
+    return made
 
 
 class Learnt(nn.Module):
@@ -136,7 +140,7 @@ def fit(args: argparse.Namespace, clips: Clips) -> Average:
     matrices = [p for name, p in clips.learnt.named_parameters() if p.ndim == 2 and name != "rows"]
     others = [p for name, p in clips.learnt.named_parameters() if p.ndim != 2]
     muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.AdamW(others + [clips.learnt.rows], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    adam = torch.optim.AdamW([*others, clips.learnt.rows], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
     average = Average(clips.learnt, 0.98)
     state = ({"learnt": clips.learnt}, {"learnt": average}, {"muon": muon, "adam": adam})
     first, log = load_state(args.out, *state), Log(args.out)
