@@ -37,6 +37,13 @@ class SpatialLora(Lora):
             config.exclude_modules = rf".*\.{MODULES}\..*"
         super().__init__(pipe, part, config, generator)
 
+    @property
+    def config(self) -> LoraConfig:
+        """As it is saved: what is left out need not be said of an image model."""
+        config = copy.copy(super().config)
+        config.exclude_modules = None
+        return config
+
 
 class Motion(Full):
     """The motion modules of ``pipe.<part>``, in float32; all else is frozen.
