@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from methods import Row
+from methods import Row, distilled, toy
 from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
 from tropism.data.prompts import PromptSet
-from tropism.methods import ct, ctm, ect, ict, lcm, mean_flow, mlcm, rg_lcd, scott, shortcut, slct
+from tropism.methods import animate_lcm, ct, ctm, ect, ict, lcm, mean_flow, mlcm, rg_lcd, scott, shortcut, slct
 from tropism.methods.training import ConsistencyTrainingSettings
 from tropism.models.toy import MODES, PROMPTS, SPREAD
+from tropism.models.toy_clips import ToyClips
 from tropism.policy import Policy
 from tropism.samplers import solver
 
@@ -39,6 +43,27 @@ class Distiller(Row):
         if not isinstance(self.settings, ConsistencyTrainingSettings):
             return taught(toy)
         return points(PromptSet(PROMPTS * 64).batch(range(512), 1), torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def _clips() -> ToyClips:
+    return ToyClips.train(toy("eps"), 600)
+
+
+@dataclass(frozen=True)
+class ClipDistiller(Distiller):
+    """The same on clips (``toy_clips``), beside the distilled image toy."""
+
+    def toy(self, *, double: bool = False) -> Any:
+        """A clip toy of one's own, whose mixers are trained."""
+        made = _clips()
+        own = ToyClips(made.image, copy.deepcopy(made.mixers).requires_grad_())
+        own.train_motion(distilled("eps", 4).net)
+        if double:
+            for part in (own.mixers, own._was, own._base):
+                part.double()
+            own.denoiser = dataclasses.replace(own.denoiser, dtype=torch.float64)
+        return own
 
 
 def points(prompts: Prompts, generator: torch.Generator) -> Tensor:
@@ -67,6 +92,9 @@ DISTILLED = [
     _row("lcm_flow", lcm.Settings(**SIZES), "flow", 40, (1, 0.08)),  # 0.057
     _row("lcm_self_target", lcm.Settings(**SIZES, target_decay=0.0, skip=2), "eps", 40, (1, 0.37)),  # 0.277
     _row("lcm_pictures", lcm.Settings(**SIZES, data="pictures"), "flow", 40, (1, 0.1)),  # 0.073
+    ClipDistiller(
+        "animate_lcm", animate_lcm.Settings(**SIZES, spatial="1"), -math.inf, 10, "eps", ceilings=((4, 0.3),)
+    ),
     _row("mlcm", mlcm.Settings(**SIZES), "eps", 40, (4, 0.05)),  # 0.036
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
     _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025

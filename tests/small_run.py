@@ -16,8 +16,10 @@ from tropism.cli import main
 
 DISTILLING = {"student_steps": "1", "updates": "2", "lr_schedule": "constant"}  # a cosine depends on how long a run is
 FLOW, HOPS = {"flow-grpo"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
-OWN_NETWORK = {"ctm", "mean-flow", "shortcut"}
-"""Methods of a network that is told two times, as no model of the package is; their pages have one of one's own."""
+CLIPS = {"animate-lcm"}  # methods of a clip model
+OWN_NETWORK = {"ctm", "mean-flow", "shortcut"} | CLIPS
+"""Those, and methods of a network that is told two times, as no model of the package is; their pages have one of one's
+own."""
 
 REWARDS = """\
 calls = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tropism.catalog.models import SHIPPED, WEIGHTS
+from tropism.catalog.models import CLIPS, SHIPPED, WEIGHTS
 from tropism.config import BadInput, suggest
 from tropism.plugins import load_function
 
@@ -52,6 +52,8 @@ class Packaged:
 
 def own_rewards(model: str) -> list[str]:
     """The rewards that a model was made for."""
+    if model in CLIPS:
+        return ["moving"]
     return ["scenes"] if model in SHIPPED else []
 
 
@@ -182,6 +184,8 @@ def packaged_rewards() -> dict[str, Packaged]:
     return made | {
         "scenes": Packaged(_verified("score"), "how much of a scenes caption the picture shows", False),
         "scenes_pass": Packaged(_verified("pass"), "1 where it shows all of a scenes caption, else 0", False),
+        "moving": Packaged(_verified_clips("score"), "how much of a moving caption the film strip shows", False),
+        "moving_pass": Packaged(_verified_clips("pass"), "1 where it shows all of one, else 0", False),
         "clip": Packaged(_from_pretrained("ClipScore"), f"agreement of picture and prompt; {clip}"),
         "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
         "hpsv2": Packaged(_from_pretrained("HPSv2"), f"human preference; {clip}", needs_source=True),
@@ -210,6 +214,18 @@ def _verified(mode: Literal["score", "pass"]) -> Callable[[str | None, torch.dev
         from tropism.worlds.scenes import verify_batch
 
         return ScenesReward(verify_batch, mode)
+
+    return build
+
+
+def _verified_clips(mode: Literal["score", "pass"]) -> Callable[[str | None, torch.device], Reward]:
+    def build(source: str | None, device: torch.device) -> Reward:
+        from tropism.rewards import ScenesReward
+        from tropism.worlds.moving import verify_batch
+
+        made = ScenesReward(verify_batch, mode)
+        made.name = "moving" if mode == "score" else "moving_pass"
+        return made
 
     return build
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AnimateDiffPipeline,
     DiffusionPipeline,
@@ -170,11 +171,13 @@ def read_base(folder: Path) -> Path | None:
 
 def _borrow(folder: Path, index: Mapping[str, Any], base: Path | None, dtype: torch.dtype) -> dict[str, Any]:
     """The parts that only the base has, loaded."""
-    lacking = {} if base is None else {name: value for name, value in index.items() if not (folder / name).exists()}
-    loaded = {}
-    for name, value in lacking.items():
-        if base is not None and isinstance(value, list) and value[0] == "diffusers":
-            loaded[name] = getattr(diffusers, value[1]).from_pretrained(str(base / name), torch_dtype=dtype)
+    loaded: dict[str, Any] = {}
+    for name, value in index.items():
+        if base is None or not isinstance(value, list) or (folder / name).exists():
+            continue
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}[value[0]], value[1])
+        how = {} if name.startswith(WEIGHTLESS) else {"torch_dtype" if value[0] == "diffusers" else "dtype": dtype}
+        loaded[name] = kind.from_pretrained(str(base / name), **how)
     return loaded
 
 
