@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from leaning import Leaning
-from methods import Row, toy
+from methods import Row, distilled, toy
 from torch import Tensor
 
 from tropism.base import Prompts, TextToImage
 from tropism.data.prompts import PromptSet
 from tropism.methods import (
+    animate_lcm,
     comospeech,
     ct,
     ctm,
@@ -32,6 +36,7 @@ from tropism.methods import (
 )
 from tropism.methods.training import ConsistencyTrainingSettings
 from tropism.models.toy import MODES, PROMPTS, SPREAD, ToyTextToImage
+from tropism.models.toy_clips import ToyClips
 from tropism.policy import Policy
 from tropism.samplers import solver
 
@@ -67,6 +72,27 @@ class Leans(Distiller):
         return Leaning(toy("eps", double=double))
 
 
+@functools.cache
+def _clips() -> ToyClips:
+    return ToyClips.train(toy("eps"), 600)
+
+
+@dataclass(frozen=True)
+class ClipDistiller(Distiller):
+    """The same on clips (``toy_clips``), beside the distilled image toy."""
+
+    def toy(self, *, double: bool = False) -> Any:
+        """A clip toy of one's own, whose mixers are trained."""
+        made = _clips()
+        own = ToyClips(made.image, copy.deepcopy(made.mixers).requires_grad_())
+        own.train_motion(distilled("eps", 4).net)
+        if double:
+            for part in (own.mixers, own._was, own._base):
+                part.double()
+            own.denoiser = dataclasses.replace(own.denoiser, dtype=torch.float64)
+        return own
+
+
 def points(prompts: Prompts, generator: torch.Generator) -> Tensor:
     """The toy's own data for these prompts, (B, 2)."""
     place = torch.tensor([PROMPTS.index(prompt) for prompt in prompts.text])
@@ -99,6 +125,9 @@ DISTILLED = [
     _row("lcm_pictures", lcm.Settings(**SIZES, data="pictures"), "flow", 40, (1, 0.1)),  # 0.073
     _row("lcm_told", lcm.Settings(**SIZES, **TOLD), "flow", 40, (1, 0.11)),  # 0.086
     Leans("comospeech", comospeech.Settings(**SIZES, inference_steps=8), -math.inf, 40, ceilings=((1, 0.65),)),  # 0.544
+    ClipDistiller(
+        "animate_lcm", animate_lcm.Settings(**SIZES, spatial="1"), -math.inf, 10, "eps", ceilings=((4, 0.3),)
+    ),
     _row("mlcm", mlcm.Settings(**SIZES), "eps", 40, (4, 0.05)),  # 0.036
     _row("mlcm_flow", mlcm.Settings(**SIZES), "flow", 40, (4, 0.017)),  # 0.012
     _row("mlcm_stage_2", mlcm.Settings(**SIZES, stage=2), "flow", 40, (1, 0.035)),  # 0.025

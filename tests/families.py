@@ -9,7 +9,13 @@ from typing import Any
 
 import tiny
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FluxPipeline, LCMScheduler
+from diffusers import (
+    AnimateDiffPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FluxPipeline,
+    LCMScheduler,
+)
 
 from tropism.models.latent_pipeline import LatentPipeline
 from tropism.models.pipelines import wrap_pipeline
@@ -60,6 +66,10 @@ def schnell() -> Any:
     return tiny.flux_pipeline(guidance=False)
 
 
+def v_clips() -> Any:
+    return tiny.animatediff_pipeline(prediction_type="v_prediction")
+
+
 def sigma() -> Any:
     return tiny.pixart_pipeline(sigma=True)
 
@@ -72,6 +82,7 @@ def turbo(build: Callable[[], Any]) -> Callable[[], Any]:
     return with_scheduler(build, EulerDiscreteScheduler, timestep_spacing="trailing", steps_offset=1)
 
 
+clips = {"num_frames": tiny.FRAMES}
 CONSISTENCY = ("flow-grpo", "raft", "rwr", "distillation")
 PIXART = {"use_resolution_binning": False, "clean_caption": False}
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
@@ -96,28 +107,31 @@ ROWS = {
     "pixart-alpha": Row(tiny.pixart_pipeline, call=PIXART, peft=True),
     "pixart-sigma": Row(sigma, call=PIXART, peft=True),
     "sd-dpm": Row(with_scheduler(v_sd, DPMSolverMultistepScheduler, solver_order=1, timestep_spacing="leading")),
+    "animatediff": Row(v_clips, call={"eta": 0.0, "num_frames": tiny.FRAMES}),
+    "animatediff-lcm": Row(with_scheduler(v_clips, LCMScheduler), 4, 1.5, clips, without=CONSISTENCY),
     "pixart-dpm": Row(with_scheduler(sigma, DPMSolverMultistepScheduler, **DPM1), call=PIXART, peft=True),
 }  # fmt: skip
-MAIN = ("sd", "lcm", "sdxl", "sd3", "flux-dev", "flux-schnell", "pixart-alpha")
+MAIN = ("sd", "animatediff", "lcm", "sdxl", "sd3", "flux-dev", "flux-schnell", "pixart-alpha")
 
 
 def ours(row: Row, model: LatentPipeline) -> torch.Tensor:
     """Pictures of the house's chain from ``tiny.noise(2)``."""
     policy = Policy(model, solver(model.denoiser), row.steps, row.guidance)
     with torch.no_grad():
-        *_, last = policy.chain(tiny.noise(2), model.encode(tiny.PROMPTS), torch.Generator().manual_seed(3))
+        x = start_of(model.pipe)
+        *_, last = policy.chain(x, model.encode(tiny.PROMPTS), torch.Generator().manual_seed(3))
         return model.decode(last.x_next)
 
 
 def theirs(row: Row, pipe: Any) -> torch.Tensor:
     """Pictures of ``pipe(...)`` itself from the same noise, and the same later noise where it draws some."""
-    latents = tiny.noise(2)
+    latents = start_of(pipe)
     options = dict(row.call)
     if isinstance(pipe, FluxPipeline):
         latents = pipe._pack_latents(latents, *latents.shape)
     if row.guidance is not None:
         options["true_cfg_scale" if "negative_prompt" in options else "guidance_scale"] = row.guidance
-    images: torch.Tensor = pipe(
+    drawn = pipe(
         tiny.PROMPTS,
         latents=latents / start(pipe, row.steps),
         num_inference_steps=row.steps,
@@ -126,8 +140,18 @@ def theirs(row: Row, pipe: Any) -> torch.Tensor:
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
         **options,
-    ).images
+    )
+    if isinstance(pipe, AnimateDiffPipeline):  # (B, F, 3, H, W), as a film strip
+        return torch.cat(list(drawn.frames.unbind(1)), dim=3)
+    images: torch.Tensor = drawn.images
     return images
+
+
+def start_of(pipe: Any) -> torch.Tensor:
+    """(2, 4, 8, 8) noise, the same for every pipeline; of clips (2, 4, F, 8, 8)."""
+    if not isinstance(pipe, AnimateDiffPipeline):
+        return tiny.noise(2)
+    return torch.stack([tiny.noise(2, seed) for seed in range(tiny.FRAMES)], dim=2)
 
 
 def start(pipe: Any, steps: int) -> float:

@@ -16,9 +16,9 @@ from tropism.cli import main
 
 DISTILLING = {"student_steps": "1", "updates": "2", "lr_schedule": "constant"}  # a cosine depends on how long a run is
 FLOW, HOPS = {"flow-grpo"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
-WITH_MEAN = {"comospeech"}  # a method of a model whose noise has a mean: melodies
-OWN_NETWORK = {"ctm", "mean-flow", "shortcut", "sound-ctm"} | WITH_MEAN
-"""Methods of a network that is told two times, as no pipeline is; their pages have one of one's own."""
+WITH_MEAN, CLIPS = {"comospeech"}, {"animate-lcm"}  # methods of models whose noise has a mean (melodies), and of clips
+OWN_NETWORK = {"ctm", "mean-flow", "shortcut", "sound-ctm"} | WITH_MEAN | CLIPS
+"""Those, and methods of a network that is told two times, as no pipeline is; their pages have one of one's own."""
 
 REWARDS = """\
 calls = 0

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import math
 import pkgutil
 
 import pytest
@@ -80,8 +81,9 @@ def test_students_learn(row):
     for moves, ceiling in row.ceilings:
         end = apart(drawn(method.policy.with_(steps=moves)), goal)
         assert end < ceiling < start[moves], f"{moves} moves: {start[moves]:.3f} -> {end:.3f}, wanted {ceiling}"
-    points = drawn(method.policy.with_(steps=row.ceilings[0][0]))
-    assert float(Off()(points, PROMPTS * (len(points) // 8)).mean()) > row.floor
+    if row.floor > -math.inf:
+        points = drawn(method.policy.with_(steps=row.ceilings[0][0]))
+        assert float(Off()(points, PROMPTS * (len(points) // 8)).mean()) > row.floor
 
 
 def ragged(count: int, parts: int) -> int:
@@ -190,7 +192,8 @@ def test_deterministic_moves_carry_no_gradient(row):
 @each
 def test_only_the_parameters_change(row):
     model = row.toy()
-    x, t = torch.randn(16, 2, generator=torch.Generator().manual_seed(3)), torch.linspace(0.05, 0.95, 16)
+    x = torch.randn(16, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    t = torch.linspace(0.05, 0.95, 16)
     cond, tokens, null = model.encode(PROMPTS * 2), model.tokens.clone(), model.null()
 
     def beliefs() -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -22,6 +23,7 @@ from diffusers import (
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    MotionAdapter,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -146,6 +148,24 @@ def sd_pipeline(seed: int = 0, **scheduler: Any) -> Any:
             requires_safety_checker=False,
         )
     return _quiet(pipe)
+
+
+FRAMES = 3
+
+
+def animatediff_pipeline(seed: int = 0, **scheduler: Any) -> Any:
+    """``sd_pipeline`` with motion modules, for clips of three frames."""
+    pipe = sd_pipeline(seed, **scheduler)
+    with seeded(seed + 1):
+        adapter = MotionAdapter(
+            block_out_channels=(8, 16),
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=4,
+            motion_max_seq_length=FRAMES,
+        )
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    return _quiet(AnimateDiffPipeline(**parts, motion_adapter=adapter))
 
 
 def _transformer(width: int) -> SD3Transformer2DModel:

@@ -78,6 +78,8 @@ def make_plan(method: str, settings: TrainSettings, method_settings: Any) -> Pla
     settings.check()
     with as_bad_input(ValueError):
         method_settings.check()
+    if hasattr(method_settings, "prepare") and settings.full:
+        raise BadInput(f"full is given, and {method} says itself which weights are trained; leave it out")
     rewards = given(settings.reward or catalog.own_rewards(settings.model), "reward", settings.model)
     prompts = given(settings.prompts or catalog.own_prompts(settings.model, held_out=False), "prompts", settings.model)
     held_out = settings.eval_prompts or catalog.own_prompts(settings.model, held_out=True) or prompts
@@ -253,7 +255,9 @@ def set_up(plan: Plan) -> Bench:
     settings = plan.settings
     model = load(settings.model, settings, plan.device)
     with as_bad_input(ValueError, OSError):
-        if settings.full:
+        if hasattr(plan.method_settings, "prepare"):
+            plan.method_settings.prepare(model)
+        elif settings.full:
             model.train_full()
         else:
             generator = torch.Generator().manual_seed(settings.seed)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropism.catalog.models import BUILT, SHIPPED
+from tropism.catalog.models import world_of
 from tropism.config import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 SCENES_PROMPTS = re.compile(r"scenes(?P<held>-held-out)?(?:-(?P<kind>single|count|pair))?(?::(?P<count>\d+))?")
 MELODIES_PROMPTS = re.compile(r"melodies(?P<held>-held-out)?(?::(?P<count>\d+))?")
+MOVING_PROMPTS = re.compile(r"moving(?P<held>-held-out)?(?::(?P<count>\d+))?")
 
 
 def own_prompts(model: str, held_out: bool) -> str | None:
     """The name of the prompts that a model was made for; None when there are none."""
-    world = "scenes" if model in SHIPPED else model if model in BUILT else None
+    world = world_of(model)
     return f"{world}-held-out" if world and held_out else world
 
 
@@ -30,17 +31,21 @@ def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:
     """A file of prompts, or a set by name. Raises BadInput.
 
     The sets are scenes and scenes-held-out; -single, -count or -pair asks for captions of one kind, :N for how many
-    (scenes-held-out-pair:16); usual are 512 to train on, and 64 that are held out. melodies and melodies-held-out as
-    well, without kinds.
+    (scenes-held-out-pair:16); usual are 512 to train on, and 64 that are held out. moving and moving-held-out are the
+    captions of moving scenes, melodies and melodies-held-out are tunes, with :N as well.
     """
     melodies = MELODIES_PROMPTS.fullmatch(name)
     if melodies is not None and not Path(name).is_file():
         return _melodies(bool(melodies["held"]), melodies["count"])
     from tropism.data.prompts import PromptSet, read_prompts
+    from tropism.worlds import moving
     from tropism.worlds.scenes import KINDS, captions
 
-    match = SCENES_PROMPTS.fullmatch(name)
+    match, clips = SCENES_PROMPTS.fullmatch(name), MOVING_PROMPTS.fullmatch(name)
     try:
+        if clips is not None and not Path(name).is_file():
+            split, usual = ("held_out", 64) if clips["held"] else ("train", 512)
+            return PromptSet(moving.captions(int(clips["count"] or usual), 0, split))  # type: ignore[arg-type]
         if match is None and name.startswith("scenes") and not Path(name).suffix:
             raise ValueError("wanted scenes or scenes-held-out, then -single, -count or -pair, then :N, or a file")
         if match is None or Path(name).is_file():
@@ -66,6 +71,7 @@ def pictures(name: str, prompts: PromptSet) -> Pictures:
     import torch
 
     from tropism.data.images import COLUMN, check_files, read_images
+    from tropism.worlds import moving
     from tropism.worlds.scenes import parse, render_batch
 
     if COLUMN in prompts.columns:
@@ -76,18 +82,23 @@ def pictures(name: str, prompts: PromptSet) -> Pictures:
         return lambda batch, generator: read_images([str(path) for path in batch.columns[COLUMN]])
     if MELODIES_PROMPTS.fullmatch(name) is not None:
         return _played
-    if SCENES_PROMPTS.fullmatch(name) is None:
+    clips = MOVING_PROMPTS.fullmatch(name) is not None
+    if SCENES_PROMPTS.fullmatch(name) is None and not clips:
         raise BadInput(
             f"prompts is {name}, without pictures to learn from; wanted .jsonl rows with a column {COLUMN}, the path "
             "of a picture"
         )
 
-    def drawn(batch: Prompts, generator: torch.Generator) -> torch.Tensor:
+    def shown(batch: Prompts, generator: torch.Generator) -> torch.Tensor:
         seeds = torch.randint(2**31, (len(batch.text),), generator=generator).numpy()
-        pixels = torch.from_numpy(render_batch([parse(text) for text in batch.text], seeds))
+        if clips:
+            drawn = moving.strip(moving.render_batch([moving.parse(text) for text in batch.text], seeds))
+        else:
+            drawn = render_batch([parse(text) for text in batch.text], seeds)
+        pixels = torch.from_numpy(drawn)
         return pixels.permute(0, 3, 1, 2).float() / 255
 
-    return drawn
+    return shown
 
 
 def _played(batch: Prompts, generator: torch.Generator) -> torch.Tensor:

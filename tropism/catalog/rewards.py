@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tropism.catalog.models import BUILT, SHIPPED, WEIGHTS
+from tropism.catalog.models import SHIPPED, WEIGHTS, world_of
 from tropism.config import BadInput, suggest
 from tropism.plugins import load_function
 
@@ -53,7 +53,8 @@ class Packaged:
 
 def own_rewards(model: str) -> list[str]:
     """The rewards that a model was made for."""
-    return ["scenes"] if model in SHIPPED else [model] if model in BUILT else []
+    world = world_of(model)
+    return [world] if world else []
 
 
 def parse_reward(text: str) -> RewardSpec:
@@ -185,6 +186,8 @@ def packaged_rewards() -> dict[str, Packaged]:
         "scenes_pass": Packaged(_verified("pass"), "1 where it shows all of a scenes caption, else 0", False),
         "melodies": Packaged(_verified("score", "melodies"), "share of a melody's beats that are heard", False),
         "melodies_pass": Packaged(_verified("pass", "melodies"), "1 where all of a melody is heard, else 0", False),
+        "moving": Packaged(_verified_clips("score"), "how much of a moving caption the film strip shows", False),
+        "moving_pass": Packaged(_verified_clips("pass"), "1 where it shows all of one, else 0", False),
         "clip": Packaged(_from_pretrained("ClipScore"), f"agreement of picture and prompt; {clip}"),
         "pickscore": Packaged(_from_pretrained("PickScore"), f"human preference; {clip}"),
         "hpsv2": Packaged(_from_pretrained("HPSv2"), f"human preference; {clip}", needs_source=True),
@@ -212,6 +215,18 @@ def _verified(mode: Literal["score", "pass"], world: str = "scenes") -> Callable
         from tropism.rewards import ScenesReward
 
         return ScenesReward(importlib.import_module(f"tropism.worlds.{world}").verify_batch, mode, world)
+
+    return build
+
+
+def _verified_clips(mode: Literal["score", "pass"]) -> Callable[[str | None, torch.device], Reward]:
+    def build(source: str | None, device: torch.device) -> Reward:
+        from tropism.rewards import ScenesReward
+        from tropism.worlds.moving import verify_batch
+
+        made = ScenesReward(verify_batch, mode)
+        made.name = "moving" if mode == "score" else "moving_pass"
+        return made
 
     return build
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tropism.models.latent_consistency import LatentConsistency
 from tropism.models.latent_pipeline import CONSISTENCY, LatentPipeline
-from tropism.models.pipelines import DISTILLED, FAMILIES, pipeline_class, read_defaults, read_index
+from tropism.models.pipelines import DISTILLED, FAMILIES, pipeline_class, read_base, read_defaults, read_index
 from tropism.models.sketch import sketch
 from tropism.models.trainable import Trainable
 
@@ -56,7 +56,7 @@ def describe(source: str | Path, index: Mapping[str, Any] | None = None) -> dict
 
 
 def _looked_at(folder: Path, index: Mapping[str, Any], family: type[LatentPipeline]) -> dict[str, str]:
-    pipe = sketch(folder, index)
+    pipe = sketch(folder, index, read_base(folder))
     family.check(pipe)
     (guidance, steps), given = family.defaults(pipe), read_defaults(folder)
     config = pipe.scheduler.config

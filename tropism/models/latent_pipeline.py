@@ -118,7 +118,7 @@ class LatentPipeline(Trainable):
         """What the vae decodes."""
         return latents / float(self.pipe.vae.config.scaling_factor)
 
-    def _latent_shape(self, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+    def _latent_shape(self, image_size: tuple[int, int] | None) -> tuple[int, ...]:
         config: Any = self._net.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -175,15 +175,20 @@ class LatentPipeline(Trainable):
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, C, h, w), the mode of the encoder's law. Raises ValueError for another size."""
-        vae = self.pipe.vae
-        encoded = vae.encode((images.to(self.device) * 2 - 1).to(vae.dtype))
-        found = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        found = self._vae_latents(images)
         if tuple(found.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"pictures of {tuple(images.shape[2:])} pixels give latents {tuple(found.shape[1:])}; wanted "
                 f"{self.latent_shape}: scale them, or give image_size"
             )
-        return self._encoded(found.float())
+        return self._encoded(found)
+
+    def _vae_latents(self, images: Tensor) -> Tensor:
+        """What the encoder itself says of images (B, 3, H, W), float32."""
+        vae = self.pipe.vae
+        encoded = vae.encode((images.to(self.device) * 2 - 1).to(vae.dtype))
+        found: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return found.float()
 
     def _encoded(self, latents: Tensor) -> Tensor:
         """What ``_decode_input`` undoes."""

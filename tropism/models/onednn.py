@@ -86,11 +86,11 @@ class Linear(nn.Module):
         super().__init__()
         self._layer: tuple[Any] = (layer,)  # in a tuple: not a submodule, its parameters are the original's
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out); some networks name the argument."""
         layer = self._layer[0]
         base: Any = layer.base_layer if isinstance(layer, LoraLayer) else layer
-        x, weight, bias = _as_autocast_wants(x, base.weight, base.bias)
+        x, weight, bias = _as_autocast_wants(input, base.weight, base.bias)
         if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
             return linear(x, weight, bias)
         (name,) = layer.lora_A

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
+    AnimateDiffPipeline,
     DiffusionPipeline,
     FluxPipeline,
     LatentConsistencyModelPipeline,
@@ -23,6 +26,7 @@ from diffusers import (
 from safetensors import SafetensorError, safe_open
 
 from tropism.base import Hops
+from tropism.models.animatediff import AnimateDiff
 from tropism.models.flux import Flux
 from tropism.models.latent_consistency import LatentConsistency
 from tropism.models.latent_pipeline import LatentPipeline
@@ -41,12 +45,14 @@ FAMILIES: Mapping[type[Any], type[LatentPipeline]] = {
     FluxPipeline: Flux,
     PixArtAlphaPipeline: PixArt,
     PixArtSigmaPipeline: PixArt,
+    AnimateDiffPipeline: AnimateDiff,
 }
 DISTILLED: Mapping[str, Mapping[str, Any]] = {  # on the hub, where no file says so
     "stabilityai/sd-turbo": {"guidance_scale": 1.0, "steps": 1},
     "stabilityai/sdxl-turbo": {"guidance_scale": 1.0, "steps": 1},
 }
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+BASE = "base"  # the entry of tropism.json that says from which folder a pipeline takes the parts it lacks
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor")
 
 
@@ -86,9 +92,11 @@ def load_pipeline(
     defaults = read_defaults(folder) if local else DISTILLED.get(str(name_or_path), {})
     if local:
         parts = {name: value for name, value in index.items() if name not in options}
-        _check_parts(folder, parts)
+        borrowed = read_base(folder)
+        _check_parts(folder, parts, borrowed)
         if not from_pretrained:
-            FAMILIES[kind].check(sketch(folder, index))
+            FAMILIES[kind].check(sketch(folder, index, borrowed))
+        options |= _borrow(folder, parts, borrowed, dtype)
     pipe = kind.from_pretrained(str(name_or_path), dtype=dtype, use_safetensors=True, local_files_only=local, **options)
     model = wrap_pipeline(
         pipe.to(device),
@@ -133,21 +141,47 @@ def read_defaults(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     content = read_json(file)
-    wrong = sorted(set(content) - {"guidance_scale", "steps", "hops", "told"})
+    wrong = sorted(set(content) - {"guidance_scale", "steps", "hops", "told", BASE})
     if wrong:
-        raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale, steps, hops and told only")
+        raise ValueError(f"{file} has the entries {wrong}; wanted guidance_scale, steps, hops, told and base only")
     if not isinstance(content.get("told", False), bool):
         raise ValueError(f"{file} gives told as {content['told']!r}; wanted true or false")
     if content.get("hops", "ode") not in get_args(Hops):
         raise ValueError(f"{file} gives hops as {content['hops']!r}; wanted one of {', '.join(get_args(Hops))}")
     for name, value in content.items():
-        if name in ("hops", "told"):
+        if name in ("hops", "told", BASE):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{file} gives {name} as {value!r}; wanted a positive number")
         if name == "steps" and value != int(value):
             raise ValueError(f"{file} gives steps as {value!r}; wanted a whole number")
     return content
+
+
+def read_base(folder: Path) -> Path | None:
+    """The folder, named in ``tropism.json`` from here, whose parts complete this one; None where it stands alone.
+
+    Raises ValueError for one that is not there.
+    """
+    named = read_defaults(folder).get(BASE)
+    if named is None:
+        return None
+    base = folder / str(named)
+    if not (base / "model_index.json").is_file():
+        raise ValueError(f"{folder / DEFAULTS_FILE} gives base as {named!r}, which is no pipeline; wanted its folder")
+    return base
+
+
+def _borrow(folder: Path, index: Mapping[str, Any], base: Path | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts that only the base has, loaded."""
+    loaded: dict[str, Any] = {}
+    for name, value in index.items():
+        if base is None or not isinstance(value, list) or (folder / name).exists():
+            continue
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}[value[0]], value[1])
+        how = {} if name.startswith(WEIGHTLESS) else {"torch_dtype" if value[0] == "diffusers" else "dtype": dtype}
+        loaded[name] = kind.from_pretrained(str(base / name), **how)
+    return loaded
 
 
 def pipeline_class(name: str, where: str) -> type[Any]:
@@ -187,12 +221,12 @@ def hub_index(name: str) -> dict[str, Any]:
         raise ValueError(f"no folder {name} and no such model on the hub or in its cache; check the name") from error
 
 
-def _check_parts(folder: Path, index: Mapping[str, Any]) -> None:
+def _check_parts(folder: Path, index: Mapping[str, Any], base: Path | None = None) -> None:
     """Every part that the index names has its folder, and every network a safetensors file whose header is sound."""
     for name, value in index.items():
         if not isinstance(value, list):
             continue
-        part = folder / name
+        part = folder / name if base is None or (folder / name).is_dir() else base / name
         if not part.is_dir():
             raise ValueError(f"{folder} has no {name} although its model_index.json names one; copy the whole folder")
         if name.startswith(WEIGHTLESS):

@@ -23,12 +23,14 @@ class Config(dict[str, Any]):
             raise AttributeError(name) from error
 
 
-def sketch(folder: Path, index: Mapping[str, Any]) -> Any:
-    """The parts that ``index`` (a model_index.json) names in ``folder``: the scheduler itself, of others ``.config``.
+def sketch(folder: Path, index: Mapping[str, Any], base: Path | None = None) -> Any:
+    """The parts that ``index`` (a model_index.json) names in ``folder``, or else in ``base``: the scheduler itself, of
+    others ``.config``.
 
     What a file leaves out is the default of its class. A part that is missing is None.
     """
-    parts = {name: _part(folder / name, value) for name, value in index.items() if isinstance(value, list)}
+    places = {name: folder if base is None or (folder / name).is_dir() else base for name in index}
+    parts = {name: _part(places[name] / name, value) for name, value in index.items() if isinstance(value, list)}
     return SimpleNamespace(config=Config({k: v for k, v in index.items() if k not in parts}), **parts)
 
 

@@ -174,15 +174,20 @@ def _paint(picture: NDArray[np.float32], item: Placed, scale: float) -> None:
     window += alpha * (np.asarray(COLOR_RGB[item.color], np.float32) - window)
 
 
-def render(scene: Scene, seed: int, size: int = 64) -> Image:
-    """Draw a scene: (size, size, 3) uint8 RGB, fully determined by scene, seed and size."""
+def paint(items: Sequence[Placed], background: str, size: int = 64) -> Image:
+    """Draw objects, the later ones in front: (size, size, 3) uint8 RGB."""
     if size < 16:
         raise ValueError(f"Got size={size}, wanted at least 16 pixels; use a larger size.")
     picture = np.empty((size, size, 3), np.float32)
-    picture[:] = BACKGROUND_RGB[scene.background]
-    for item in place(scene, seed):
+    picture[:] = BACKGROUND_RGB[background]
+    for item in items:
         _paint(picture, item, size / FRAME)
     return np.rint(picture).astype(np.uint8)
+
+
+def render(scene: Scene, seed: int, size: int = 64) -> Image:
+    """Draw a scene: (size, size, 3) uint8 RGB, fully determined by scene, seed and size."""
+    return paint(place(scene, seed), scene.background, size)
 
 
 def render_batch(scenes: Sequence[Scene], seeds: Sequence[int] | NDArray[np.integer], size: int = 64) -> Image:
