@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"exact draws against exact draws: {row(other, goal, truth)}")
     print("| seed | student | moves | W2 | spread | emptiest | CPU s |\n|---|---|---|---|---|---|---|")
     for seed in args.seeds:
+        start = pretrained(seed)
         for moves in (1, 4, 32):
-            start = pretrained(seed) if moves == 1 else start
             policy = dmd2.Settings().student(start, "consistency" if moves == 1 else "ode")
             print(f"| {seed} | the flow model | {moves} | {row(drawn(policy, moves), goal, truth)} | |", flush=True)
         for count in args.fake_updates:

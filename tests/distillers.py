@@ -59,7 +59,7 @@ SHORT: dict[str, Any] = dict(target_decay=0.9, longest=4, student_steps=2, boots
 DATA: dict[str, Any] = dict(prompts_per_step=8, images_per_prompt=16, updates=1, passes=10, total_updates=300)
 FEW = dict(first_pairs=5, last_pairs=20)
 ADVERSARY: dict[str, Any] = dict(eta=0.5, adversarial_weight=0.4)
-# Guided scores are those of no law that is noised, so that only an unguided teacher can be matched (docs/methods/dmd2.md).
+# Guided scores are not those of one law with noise, so that only an unguided teacher's samples are matched.
 MATCH: dict[str, Any] = SIZES | dict(updates=1, passes=20, guidance_scale=1.0)
 BOTH: dict[str, Any] = dict(student_steps=2, any_count=True, adversarial_weight=0.01, fake_updates=2)
 

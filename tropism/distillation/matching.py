@@ -1,15 +1,15 @@
 """Distribution matching: a student learns where two scores disagree, the teacher's and that of its own samples.
 
 DMD (2311.18828, eq. 7) and DMD2 (2405.14867): the gradient of KL(student's law || teacher's), both noised to a time t,
-is the difference of their scores there. The teacher knows its own; a ``FakeScore``, a second network, keeps learning the
-student's by denoising what the student says, and the two are trained in turn.
+is the difference of their scores there. The teacher knows its own; a ``FakeScore``, a second network, keeps learning
+the student's by denoising what the student says, and the two are trained in turn.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
