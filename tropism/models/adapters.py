@@ -51,6 +51,10 @@ class Trained(Protocol):
         """Inside, ``module`` computes what it did before training."""
         ...
 
+    def forget(self) -> None:
+        """``module`` computes what it did before training from now on, and goes on learning from there."""
+        ...
+
     def save(self, folder: Path) -> Path: ...
 
     def load(self, folder: Path) -> None: ...
@@ -117,6 +121,13 @@ class Lora:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Zeroes what every layer adds; the halves that read stay."""
+        for name, parameter in self._net.named_parameters():
+            if f".lora_B.{ADAPTER}." in name:
+                parameter.zero_()
 
     def save(self, folder: Path) -> Path:
         """Writes ``folder/pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``, atomically."""
@@ -198,6 +209,10 @@ class Full:
             yield
         finally:
             self._depth -= 1
+
+    def forget(self) -> None:
+        """Copies the frozen copy back."""
+        self._net.load_state_dict(self._frozen.state_dict())
 
     def save(self, folder: Path) -> Path:
         """Writes the network (float32, safetensors) to ``folder/<part>``, a folder that ``from_pretrained`` reads.

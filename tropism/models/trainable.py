@@ -270,6 +270,11 @@ class Trainable(ABC):
         """Inside, the denoiser is the model as it was before training, bit by bit."""
         return nullcontext() if self._trained is None else self._trained.reference()
 
+    def forget(self) -> None:
+        """What is trained goes back to where it began, bit by bit as ``reference`` has it; nothing else changes."""
+        if self._trained is not None:
+            self._trained.forget()
+
     def save_adapter(self, folder: str | Path) -> Path:
         """Writes what was trained, atomically, and says where: a LoRA file, or the network's folder."""
         if self._trained is None:
