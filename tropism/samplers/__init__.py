@@ -6,6 +6,7 @@ from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
 from tropism.samplers.heun import Heun
 from tropism.samplers.jump import Jump
+from tropism.samplers.next_token import NextPart, NextToken
 from tropism.samplers.solver import solver, stochastic_solver
 from tropism.samplers.until import noise_until
 from tropism.samplers.widen import widen
@@ -19,6 +20,8 @@ __all__ = [
     "Heun",
     "Jump",
     "Move",
+    "NextPart",
+    "NextToken",
     "noise_until",
     "solver",
     "stochastic_solver",
