@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast
-from tropism.schedules import add_noise, net_time
+from tropism.codebook import nearest
+from tropism.schedules import RectifiedFlow, add_noise, net_time
 
 Target = Literal["eps", "x0", "v", "flow"]
 Net = Callable[[Tensor, Tensor, Cond], Tensor]
@@ -317,3 +318,42 @@ class Clipped:
         if not self.rederive:
             return Prediction(x0, eps)
         return consistent(x0, x.float(), bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDenoiser:
+    """A token model as a denoiser: what it believes of the clean tokens are logits, not points.
+
+    ``logits(x (B, L, d), cond)`` -> (B, L, V): at each position what follows the codes before it. They are the clean
+    half of the prediction, so that guidance combines logits (2406.06525, section 3.3); there is no noise half.
+    """
+
+    logits: Callable[[Tensor, Cond], Tensor]
+    codes: Tensor  # (V, d)
+    schedule: Schedule = RectifiedFlow(num_train_timesteps=1)  # of a token's own path from noise to its code
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, L, d); t is not read: no logits depend on what is not decided yet."""
+        said = self.logits(x, cond)
+        return Prediction(said, torch.zeros_like(said))
+
+
+@dataclass(frozen=True, eq=False)
+class OnePass:
+    """A student that says all tokens at once, from the decided ones and noise for the others (2510.21003).
+
+    ``says(x (B, L, d), drawn (B, L), cond)`` -> (B, L, d) points, ``drawn`` where x is noise; they are shown as the
+    nearest codes. Without gradient for that reason.
+    """
+
+    says: Callable[[Tensor, Tensor, Cond], Tensor]
+    codes: Tensor  # (V, d)
+    schedule: Schedule = RectifiedFlow(num_train_timesteps=1)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, L, d), t (B,): the first (1 - t) L positions are decided, and stay as they are."""
+        known = ((1 - t) * x.shape[1]).round()
+        drawn = torch.arange(x.shape[1], device=x.device) >= known[:, None]
+        codes = self.codes.to(x)
+        said = codes[nearest(self.says(x, drawn, cond), codes)]
+        return Prediction(torch.where(drawn[..., None], said, x), torch.where(drawn[..., None], x, 0.0))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import bcast
+from tropism.codebook import nearest
 from tropism.randomness import Randomness, normal
 
 
@@ -151,3 +152,50 @@ class Categorical:
         _same_shape(other.logits, self.logits.shape)
         p, gap = self.log_probs.exp(), self.log_probs - other.log_probs
         return _event_sum((p * gap.where(p > 0, 0.0)).sum(-1))
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """x (B, L, d) with one position a row, ``place`` (B,), filled by a code (V, d) whose index has ``law`` (V symbols).
+
+    A state is read at that place as the code it is nearest to; all other places are as in x.
+    """
+
+    x: Tensor
+    place: Tensor
+    law: Categorical
+    codes: Tensor
+
+    def _with(self, symbols: Tensor) -> Tensor:
+        filled = self.x.float().clone()
+        filled[torch.arange(len(filled), device=filled.device), self.place] = self.codes[symbols].to(filled)
+        return filled
+
+    @property
+    def mode(self) -> Tensor:
+        """(B, L, d) with the likeliest code."""
+        return self._with(self.law.mode)
+
+    @property
+    def is_random(self) -> Tensor:
+        """(B,) True."""
+        return self.law.is_random
+
+    @property
+    def event_size(self) -> int:
+        """1: one symbol."""
+        return self.law.event_size
+
+    def sample(self, generator: Randomness = None) -> Tensor:
+        """(B, L, d)."""
+        return self._with(self.law.sample(generator))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(B, L, d) -> (B,) float32, of the code at the place."""
+        _same_shape(x, self.x.shape)
+        here = x[torch.arange(len(x), device=x.device), self.place]
+        return self.law.log_prob(nearest(here, self.codes.to(here)))
+
+    def kl(self, other: Filled) -> Tensor:
+        """KL(self || other), (B,) float32, for the same places."""
+        return self.law.kl(other.law)

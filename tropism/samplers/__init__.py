@@ -7,6 +7,7 @@ from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
 from tropism.samplers.heun import Heun
 from tropism.samplers.jump import Jump
+from tropism.samplers.next_token import NextPart, NextToken
 from tropism.samplers.parallel import Refined, refine
 from tropism.samplers.recurrent import noised_up, recurrent_walk
 from tropism.samplers.solver import solver, stochastic_solver
@@ -22,6 +23,8 @@ __all__ = [
     "Heun",
     "Jump",
     "Move",
+    "NextPart",
+    "NextToken",
     "Refined",
     "Walk",
     "noise_until",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from tropism.base import Denoiser, Kernel
-from tropism.denoisers import ConsistencyDenoiser, FlowMap
+from tropism.denoisers import ConsistencyDenoiser, FlowMap, OnePass, TokenDenoiser
 from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import EulerODE, FlowSDE
 from tropism.samplers.jump import Jump
+from tropism.samplers.next_token import NextPart, NextToken
 from tropism.schedules import RectifiedFlow
 
 
 def solver(denoiser: Denoiser, eta: float = 0.0) -> Kernel:
-    """Hops of a consistency model (which draw noise whatever ``eta`` is), jumps of a flow map, Euler's method on a
-    flow, else DDIM(eta)."""
+    """Hops of a consistency model (which draw noise whatever ``eta`` is), jumps of a flow map, tokens of a token model
+    (drawn, whatever ``eta`` is) or parts of its student, Euler's method on a flow, else DDIM(eta)."""
+    if isinstance(denoiser, TokenDenoiser):
+        return NextToken(denoiser.codes)
+    if isinstance(denoiser, OnePass):
+        return NextPart()
     if isinstance(denoiser, ConsistencyDenoiser):
         return Consistency()
     if isinstance(denoiser, FlowMap):

@@ -1,0 +1,116 @@
+"""What the distillations of token models share: the model they need, teacher's samples, and what is seen of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tropism.base import Cond, take
+from tropism.codebook import flow_to_code, nearest
+from tropism.policy import Policy
+
+EARLIEST, LATEST = 0.02, 0.98  # times of the tokens' own noise
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """A ``base.Distillable`` whose states are tokens (B, L, d); see ``models.image_tokens``."""
+
+    codes: Tensor  # (V, d)
+
+    def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """The mean (B, L, d) and the logits (B, L, V) of each position's code, from the tokens before it, which are
+        noise where ``drawn`` (B, L), and from its own noisy point x (B, L, d) at t (B, L)."""
+        ...
+
+    def says(self, x: Tensor, drawn: Tensor, cond: Cond) -> Tensor:
+        """(B, L, d) all tokens in one pass."""
+        ...
+
+
+def check_tokens(model: Any, method: str) -> None:
+    """Raises ValueError for a model that does not draw tokens."""
+    if not isinstance(model, TokenModel):
+        raise ValueError(
+            f"{method} distils models that draw image tokens, and this is a {type(model).__name__}; take dmd2 or lcm"
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of tokens, and the noise that an update needs besides."""
+
+    x: Tensor  # (N, L, d) noise, or codes of the teacher
+    drawn: Tensor  # (N, L) bool: which of ``x`` are noise when the student is asked
+    cond: Cond  # N rows
+    times: Tensor  # (N, F, L) of the tokens' own noise, F draws
+    eps: Tensor  # (N, F, L, d)
+    wanted: Tensor  # (N, L) int64 codes that ``x`` is to become, where they are known; else 0
+    info: Mapping[str, float] = field(default_factory=dict)
+
+    def rows(self, index: Tensor) -> Tokens:
+        """Those at index (n,)."""
+        x, drawn, times, eps, wanted = (
+            value[index] for value in (self.x, self.drawn, self.times, self.eps, self.wanted)
+        )
+        return Tokens(x, drawn, take(self.cond, index), times, eps, wanted, self.info)
+
+
+def tokens(
+    policy: Policy, x: Tensor, drawn: Tensor, cond: Cond, draws: int, generator: torch.Generator, wanted: Tensor | None
+) -> Tokens:
+    """``x`` with ``draws`` fresh times, a time a position, and noises."""
+    rows, length = x.shape[:2]
+    times = torch.rand(rows, draws, length, generator=generator) * (LATEST - EARLIEST) + EARLIEST
+    eps = policy.noise(rows * draws, generator).unflatten(0, (rows, draws))
+    return Tokens(x, drawn, cond, times.to(x), eps, drawn.long() * 0 if wanted is None else wanted)
+
+
+def noised(codes: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """(1 - t) codes + t eps: codes and eps (N, L, d), t (N, L)."""
+    return (1 - t[..., None]) * codes + t[..., None] * eps
+
+
+def snapped(x: Tensor, codes: Tensor) -> Tensor:
+    """(N, L, d) the nearest codes, as the teacher reads what came before."""
+    codes = codes.to(x)
+    return codes[nearest(x, codes)]
+
+
+def first_parts(rows: int, length: int, steps: int, generator: torch.Generator) -> Tensor:
+    """(rows, length) bool, True from the position on at which one of ``steps`` moves, drawn for each row, begins."""
+    begun = torch.randint(steps, (rows,), generator=generator) * length / steps
+    return torch.arange(length) >= begun.round()[:, None]
+
+
+@torch.no_grad()
+def student_states(policy: Policy, cond: Cond, drawn: Tensor, generator: torch.Generator) -> Tensor:
+    """(N, L, d) noise where ``drawn``, elsewhere what the student itself said in the moves before."""
+    x = policy.noise(len(drawn), generator)
+    ends = x if bool(drawn.all()) else _walked(policy, x, cond)
+    return torch.where(drawn[..., None].to(x.device), x, ends)
+
+
+def _walked(policy: Policy, x: Tensor, cond: Cond) -> Tensor:
+    """(N, L, d) where the student's chains from x end; what a move decides stays."""
+    parts = torch.arange(len(x)).split(policy.microbatch)
+    return torch.cat([[*policy.chain(x[rows], take(cond, rows))][-1].x_next for rows in parts])
+
+
+@torch.no_grad()
+def mapped(teacher: Policy, noise: Tensor, cond: Cond, codes: Tensor, steps: int) -> Tensor:
+    """(N, L) the codes to which the flow brings noise (N, L, d), one position after another (2412.17153, section 3.2).
+
+    The teacher is asked once a position (twice when it is guided), whatever ``steps`` the flow has.
+    """
+    x, found, time = noise, torch.zeros(noise.shape[:2], dtype=torch.int64, device=noise.device), noise.new_ones(())
+    for place in range(noise.shape[1]):
+        logits = teacher.denoiser(x, time.expand(len(x)), cond).x0[:, place].to(noise)
+        found[:, place] = flow_to_code(noise[:, place], logits.log_softmax(-1), codes.to(noise), steps)
+        x = x.clone()
+        x[:, place] = codes.to(noise)[found[:, place]]
+    return found

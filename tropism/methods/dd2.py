@@ -1,0 +1,177 @@
+"""DD2: Distilled Decoding 2, One-step Sampling of Image Auto-regressive Models with Conditional Score Distillation
+(Liu et al. 2025, 2510.21003).
+
+A model that draws L tokens one by one is made one that says all of them in one pass, from L noises. With the teacher's
+probabilities p of the next token, the score of that token with noise is known exactly (``codebook``):
+
+1. GTS: the student learns, on the teacher's samples q, what the noisy token of each position is in the mean,
+   |mean(x_t | q_<i) - m_T(x_t, p(. | q_<i))|^2;
+2. a copy of it becomes the fake score, and two losses take turns. The student says q = mean(e_i | e_<i) at t = 1, noise
+   in place of what came before, and moves along the difference of scores (CSD),
+       0.5 |q_i - sg(q_i - g_i)|^2,   g_i = (m_fake(q_i^t | q_<i) - m_T(q_i^t | q_<i)) / mean|q_i - m_T|,
+   a time t for each position, and no gradient through q_<i; the fake score denoises what the student says (FCS).
+
+No data, and no chain of the teacher after the first stage. Where both scores agree at every position, the student's law
+is the teacher's (the paper's proposition).
+
+Departures: no code was published, so these are choices. Scores are compared as posterior means, which is the same up
+to a weight of t, in the form of DMD (2311.18828, eq. 8) rather than SiD's; the teacher reads q_<i as the nearest codes,
+the fake score as it is; the head is told which of the tokens before are noise. With ``student_steps`` above 1 the
+student is asked at states of its own, the first parts said and kept (section 4.3 of 2412.17153).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tropism.base import Distillable, Loss, Prompts, Reward, take
+from tropism.codebook import posterior_mean
+from tropism.distillation import Before
+from tropism.distillation.matching import FakeScore, direction, moved
+from tropism.distillation.tokens import Tokens, check_tokens, first_parts, noised, snapped, student_states, tokens
+from tropism.methods.distilling import StudentSettings
+from tropism.policy import Policy
+from tropism.rollout import slices
+from tropism.samplers import solver
+
+
+@dataclass
+class DD2:
+    """``policy`` is the student, ``teacher`` the token model with its guidance; the first ``init_updates`` are GTS."""
+
+    policy: Policy
+    teacher: Policy
+    fake: FakeScore
+    generator: torch.Generator
+    minibatch: int
+    updates: int
+    passes: int
+    fake_updates: int
+    init_updates: int
+    made: int = 0
+    heard: list[tuple[Tokens, Tensor]] = field(default_factory=list)
+
+    @property
+    def model(self) -> Any:
+        """The student's."""
+        return self.policy.model
+
+    @property
+    def terms(self) -> Sequence[FakeScore]:
+        """For checkpoints."""
+        return [self.fake]
+
+    def state_dict(self) -> dict[str, int]:
+        """What is not a tensor."""
+        return {"made": self.made}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues from ``state_dict()``."""
+        self.made = int(state["made"])
+
+    def experience(self, batch: Prompts) -> Iterator[Iterator[Tokens]]:
+        """``updates`` slices of a batch a pass, each with fresh noise; the teacher draws at first, once a batch."""
+        cond, rows = self.model.encode(batch.text), len(batch.text)
+        first = self.teacher.draw(batch.text, self.generator) if self.made < self.init_updates else None
+        for _ in range(self.passes):
+            for part in torch.randperm(rows, generator=self.generator).tensor_split(self.updates):
+                own = take(cond, part)
+                if first is not None and self.made < self.init_updates:
+                    x, drawn = first[part], torch.zeros(len(part), first.shape[1], dtype=torch.bool)
+                else:
+                    drawn = first_parts(len(part), self.model.latent_shape[0], self.policy.steps, self.generator)
+                    x = student_states(self.policy, own, drawn, self.generator)
+                made = tokens(self.policy, x, drawn.to(x.device), own, 1 + self.fake_updates, self.generator, None)
+                self.heard.clear()
+                parts = slices(torch.arange(len(part)), 1, self.minibatch, self.policy.processes)[0]
+                yield (made.rows(index) for index in parts)
+
+    def loss(self, rows: Tokens) -> Loss:
+        """Of the first stage, or CSD: a sum over rows of means over positions and dimensions."""
+        count = torch.tensor(float(len(rows.x)))
+        if not bool(rows.drawn.any()):
+            t, noisy = rows.times[:, 0], noised(rows.x, rows.eps[:, 0], rows.times[:, 0])
+            apart = self.model.flow(rows.x, rows.drawn, noisy, t, rows.cond)[0] - self._taught(rows.x, noisy, rows)
+            total = apart.square().flatten(1).mean(1).sum()
+            return Loss(total, count, {"init_error": total.detach() / count})
+        said = torch.where(rows.drawn[..., None], self.model.says(rows.x, rows.drawn, rows.cond), rows.x)
+        self.heard.append((rows, said.detach()))
+        with torch.no_grad():
+            noisy = noised(said, rows.eps[:, 0], rows.times[:, 0])
+            real, fake = self._taught(snapped(said, self.model.codes), noisy, rows), self._faked(said, noisy, rows, 0)
+        step = direction(*(value.flatten(0, 1) for value in (said.detach(), real, fake)))
+        total = (moved(said.flatten(0, 1), step).view_as(rows.drawn) * rows.drawn).mean(1).sum()
+        metrics = {"disagreement": step.abs().mean(), "fake_error": torch.tensor(self.fake.error)}
+        return Loss(total, count, metrics)
+
+    @torch.no_grad()
+    def _taught(self, before: Tensor, noisy: Tensor, rows: Tokens) -> Tensor:
+        """(N, L, d) the teacher's posterior means after the codes ``before``."""
+        logits = self.teacher.denoiser(before, noisy.new_ones(len(noisy)), rows.cond).x0
+        return posterior_mean(noisy, rows.times[:, 0], logits.log_softmax(-1).to(noisy), self.model.codes.to(noisy))
+
+    def _faked(self, said: Tensor, noisy: Tensor, rows: Tokens, draw: int) -> Tensor:
+        """(N, L, d) the fake score's; no token it sees is noise."""
+        seen = torch.zeros_like(rows.drawn)
+        return self.fake.model.flow(said, seen, noisy, rows.times[:, draw], rows.cond)[0]  # type: ignore[no-any-return]
+
+    def after_step(self) -> None:
+        """The fake score begins as what the first stage made, and then catches up with the student."""
+        for draw in range(1, 1 + self.fake_updates) if self.heard else ():
+            self.fake.step((self._error(rows, said, draw) for rows, said in self.heard), self.policy.processes)
+        self.heard.clear()
+        self.made += 1
+        if self.made <= self.init_updates:
+            for own, value in zip(self.fake.parameters, self.model.parameters(), strict=True):
+                own.data.copy_(value.data)
+
+    def _error(self, rows: Tokens, said: Tensor, draw: int) -> Tensor:
+        """(N,) FCS."""
+        noisy = noised(said, rows.eps[:, draw], rows.times[:, draw])
+        return (self._faked(said, noisy, rows, draw) - said).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Settings(StudentSettings):
+    """A one-step student of a model of image tokens, by the difference of two scores."""
+
+    student_steps: int = 1
+    """Moves of the student: it says all tokens, keeps the first part of them, and says the rest anew."""
+    inference_steps: int = 20
+    """Not used: the teacher has a move a token."""
+    prompts_per_step: int = 512
+    """Prompts of a step (on all processes together)."""
+    updates: int = 4
+    """Optimizer steps of one pass over a step's prompts."""
+    learning_rate: float = 3e-4
+    fake_learning_rate: float = 1e-3
+    """Of the fake score."""
+    fake_updates: int = 2
+    """Of the fake score, after each of the student's."""
+    init_updates: int = 500
+    """Updates of the first stage, on samples of the teacher."""
+
+    def check(self) -> None:
+        """As the settings of a student, and the ranges above."""
+        super().check()
+        if not 0 < self.fake_learning_rate < 1 or self.fake_updates < 1 or self.init_updates < 0:
+            raise ValueError(
+                f"fake_learning_rate is {self.fake_learning_rate}, fake_updates {self.fake_updates} and init_updates "
+                f"{self.init_updates}; wanted between 0 and 1, at least 1, and 0 or more"
+            )
+
+    def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> DD2:
+        """The method on this model; the reward is not learnt from. Raises ValueError for a model without tokens."""
+        check_tokens(model, "dd2")
+        student = self.student(model, "ode")
+        length, own = model.latent_shape[0], solver(model.denoiser)
+        teacher = Policy(Before(model), own, length, self.guidance_scale, microbatch=self.sample_batch)
+        fake = FakeScore(copy.deepcopy(model), self.fake_learning_rate)
+        own_settings = (self.minibatch, self.updates, self.passes, self.fake_updates, self.init_updates)
+        return DD2(student, teacher, fake, generator, *own_settings)
