@@ -18,7 +18,7 @@ from tropism.evaluate import deterministic
 from tropism.guidance import RewardGuided
 from tropism.rewards import as_reward
 from tropism.steer import steer
-from tropism.steering import dps, freedom, image_seeds, mpgd, safe, steer_policy, tfg, universal
+from tropism.steering import dps, freedom, image_seeds, mpgd, safe, srds, steer_policy, tfg, universal
 from tropism.steering.adaptive import Settings as Adaptive
 from tropism.steering.best_of_n import Settings as BestOfN
 from tropism.steering.fk import Settings as Fk
@@ -88,6 +88,20 @@ def test_guides_say_that_they_need_a_gradient(guide: tfg.Settings) -> None:
     with pytest.raises(TypeError, match="reward 'blind' has no gradient"):
         steer_policy(toy(), as_reward(lambda images: [0.0] * len(images), "blind"), asked("up"), [guide],
                      image_seeds(1, 0))  # fmt: skip
+
+
+@pytest.mark.parametrize("microbatch", [64, 2])
+def test_a_chain_found_in_parallel_is_the_chain(microbatch: int) -> None:
+    model = ROWS["sd3"].model()
+    policy, prompts, seeds = deterministic(model, 16, 2.0, microbatch), asked("a fox", "a hill", "x"), image_seeds(3, 0)
+    serial, one = steer_policy(policy, LINE, prompts, [], seeds)
+    exact, all_ = steer_policy(policy, LINE, prompts, [srds.Settings(tolerance=0.0)], seeds)
+    rough, few = steer_policy(policy, LINE, prompts, [srds.Settings(refinements=1)], seeds)
+    assert torch.allclose(exact.latents, serial.latents, atol=1e-4)
+    assert few.steps[0]["serial_calls"] < 16 and few.calls > one.calls and all_.calls > few.calls
+    assert float((rough.latents - serial.latents).abs().max()) < float(serial.latents.abs().max())
+    with pytest.raises(ValueError, match="draws its states"):
+        steer_policy(toy(), LINE, asked("up"), [srds.Settings()], image_seeds(1, 0))
 
 
 def test_guides_know_the_prompt_of_each_row() -> None:

@@ -105,13 +105,8 @@ class Task:
 
     def particles(self, count: int) -> tuple[Tensor, Cond, list[torch.Generator], ParticleScore]:
         """What a particle system is started with: noise (P, count, ...), conditions and generators of P * count rows,
-        and the score of latents of such rows. Raises ValueError for a policy that walks in its own way: a particle
-        system does."""
-        if self.policy.walker is not walk:
-            raise ValueError(
-                "a guide of this sample decides how its chain is walked, and so does this search; take best-of-n, or "
-                "leave the guide out"
-            )
+        and the score of latents of such rows. Raises ValueError as ``check_walk``."""
+        self.check_walk()
         x, generators = self.start(count)
         return (
             x.unflatten(0, (self.count, count)),
@@ -119,6 +114,14 @@ class Task:
             generators,
             lambda latents, rows: self.score(latents, rows // count),
         )
+
+    def check_walk(self) -> None:
+        """Raises ValueError for a policy that walks in its own way, where a search has to."""
+        if self.policy.walker is not walk:
+            raise ValueError(
+                "a guide of this sample decides how its chain is walked, and so does this search; take best-of-n, or "
+                "leave the guide out"
+            )
 
     def guided(self, guide: Guide) -> Task:
         """With ``guide`` around what the policy has already."""
