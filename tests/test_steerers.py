@@ -191,3 +191,23 @@ def test_every_steerer_is_guide_or_search() -> None:
     assert all(hasattr(kind, "draw") != hasattr(kind, "guide") for kind in kinds.values())
     assert {"adaptive", "beam", "best-of-n", "ditto", "dps", "fk", "linear-ag", "safe", "tfg"} <= set(kinds)
     assert RewardGuided.__doc__ and NAMES
+
+
+def test_correctors_sample_the_law_of_guidance() -> None:
+    """Both laws are Gaussian of one width, so that their geometric mean is too: mean w m + (1 - w) 0."""
+    from tropism.models.toy import GaussianPolicy
+    from tropism.policy import Policy
+    from tropism.samplers import DDIM
+    from tropism.steering import fkc
+
+    policy = Policy(GaussianPolicy(["right"], MEANS[1:2], 0.5), DDIM(1.0), 60, 2.0)
+    search = fkc.Settings(particles=2000, clamp=None)
+    found, trace = steer_policy(policy, LINE, asked("right"), [search], image_seeds(1, 0))
+    particles = found.particles
+    error = 0.5 / float(particles.ess[0]) ** 0.5
+    assert error < 0.03
+    assert torch.allclose(particles.mean()[0].float(), 2.0 * MEANS[1], atol=3 * error)
+    assert float(particles.reward.max()) == pytest.approx(float(found.latents[0] @ Line.direction), abs=1e-5)
+    assert trace.scored == 2000
+    with pytest.raises(ValueError, match="fkc samples the law of one guidance"):
+        steer_policy(policy, LINE, asked("right"), [tfg.Settings(), search], image_seeds(1, 0))
