@@ -161,3 +161,13 @@ def test_examples_of_another_size_and_settings_out_of_range_are_refused():
         Safe(whole(), ExactOdds(), cap=0.0)
     with pytest.raises(ValueError, match="low < high"):
         Safe(whole(), ExactOdds(), low=0.7, high=0.2)
+
+
+def test_out_of_reach_of_what_is_not_wanted_nothing_is_done():
+    """Odds compare two densities also where both are far away."""
+    odds = KernelOdds(torch.full((1, 2), 5.0), torch.full((1, 2), 7.0))
+    x, t = torch.zeros(1, 2), torch.tensor([0.5])
+    assert float(Safe(whole(), odds).beta(x, t)[0]) > 1
+    assert torch.equal(Safe(whole(), odds, reach=1.0)(x, t, {}).x0, whole()(x, t, {}).x0)
+    near = Safe(whole(), KernelOdds(whole()(x, t, {}).x0 + 0.5, torch.full((1, 2), 7.0)), reach=1.0)(x, t, {})
+    assert not torch.equal(near.x0, whole()(x, t, {}).x0)

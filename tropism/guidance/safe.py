@@ -40,8 +40,9 @@ class Odds(Protocol):
 class Safe:
     """A denoiser whose data are without what ``odds`` describes.
 
-    beta is at most ``cap``, and 0 for times outside [low, high] and where it is below ``least``; ``bound`` clips x0 to
-    [-bound, bound] in rows that are moved. Raises ValueError for settings out of range.
+    beta is at most ``cap``, and 0 for times outside [low, high], where it is below ``least``, and where x0 is further
+    than ``reach`` (root mean square) from E_unsafe: odds compare two densities, also where both are far away. ``bound``
+    clips x0 to [-bound, bound] in rows that are moved. Raises ValueError for settings out of range.
     """
 
     inner: Denoiser
@@ -50,6 +51,7 @@ class Safe:
     least: float = 0.0
     low: float = 0.0
     high: float = 1.0
+    reach: float | None = None
     bound: float | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +69,9 @@ class Safe:
         """x (B, ...), t (B,), cond rows (B, ...)."""
         said = self.inner(x, t, cond)
         beta, unsafe = self.beta(x, t)
+        if self.reach is not None:
+            away = (said.x0 - unsafe).flatten(1).square().mean(1).sqrt()
+            beta = beta.where(away <= self.reach, 0.0)
         moved = said.x0 + bcast(beta, x) * (said.x0 - unsafe)
         if self.bound is not None:
             moved = moved.clamp(-self.bound, self.bound)
@@ -75,7 +80,7 @@ class Safe:
         return Prediction(safe.x0.where(touched, said.x0), safe.eps.where(touched, said.eps))
 
     def beta(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """beta (B,) as it is used, and E_unsafe[x0 | x] (B, ...)."""
+        """beta (B,) before ``reach``, and E_unsafe[x0 | x] (B, ...)."""
         unsafe, odds = self.odds(self.schedule, x, t)
         beta = odds.clamp(max=math.log(self.cap)).exp()
         used = (t >= self.low) & (t <= self.high) & (beta >= self.least)
