@@ -46,7 +46,7 @@ Made = tuple[Particles, Trace]
 
 
 class Timed:
-    """A denoiser (or, by ``wrap``, a reward) that adds up the seconds spent in it."""
+    """A denoiser (or, by ``wrap``, a reward) that adds up the processor seconds spent in it."""
 
     def __init__(self, inner: Denoiser) -> None:
         self.within, self.seconds = inner, 0.0
@@ -56,16 +56,16 @@ class Timed:
         return self.within.schedule
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        began = time.perf_counter()
+        began = time.process_time()
         said = self.within(x, t, cond)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.process_time() - began
         return said
 
     def wrap(self, score: Score) -> Score:
         def timed(x0: Tensor, rows: Tensor) -> Tensor:
-            began = time.perf_counter()
+            began = time.process_time()
             value = score(x0, rows)
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.process_time() - began
             return value
 
         return timed
@@ -212,7 +212,7 @@ def beams(bench: Bench) -> None:
 
 @torch.no_grad()
 def overhead(bench: Bench) -> None:
-    """Wall time outside the denoiser and the reward, of FK with rewards at every second move."""
+    """Processor time (one thread) outside the denoiser and the reward, of FK with rewards at every second move."""
     args, shares = bench.args, list[float]()
     policy = bench.policy(args.noise)
     for _ in range(3):
@@ -220,11 +220,11 @@ def overhead(bench: Bench) -> None:
         timed = Timed(policy.denoiser)
         walk = Walker(policy.kernel, timed, policy.ts, args.microbatch)
         score = timed.wrap(bench.score(args.count, args.reward))
-        began = time.perf_counter()
+        began = time.process_time()
         fk_steer(walk, x, cond, score, scale=10.0, at=range(0, args.steps, 2), generator=own)
-        wall = time.perf_counter() - began
+        wall = time.process_time() - began
         shares.append(1 - timed.seconds / wall)
-        print(f"{wall:.2f} s, of which {wall - timed.seconds:.3f} s ({shares[-1]:.2%}) outside network and reward")
+        print(f"{wall:.2f} s of the processor, of which {wall - timed.seconds:.3f} s ({shares[-1]:.2%}) outside network and reward")
 
 
 ARMS = {"levels": levels, "ode": ode, "sde": sde, "fk": steered, "beam": beams, "overhead": overhead}
