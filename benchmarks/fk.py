@@ -224,7 +224,9 @@ def overhead(bench: Bench) -> None:
         fk_steer(walk, x, cond, score, scale=10.0, at=range(0, args.steps, 2), generator=own)
         wall = time.process_time() - began
         shares.append(1 - timed.seconds / wall)
-        print(f"{wall:.2f} s of the processor, of which {wall - timed.seconds:.3f} s ({shares[-1]:.2%}) outside network and reward")
+        print(
+            f"{wall:.2f} s of the processor, of which {wall - timed.seconds:.3f} s ({shares[-1]:.2%}) outside network and reward"
+        )
 
 
 ARMS = {"levels": levels, "ode": ode, "sde": sde, "fk": steered, "beam": beams, "overhead": overhead}
