@@ -80,8 +80,9 @@ class Features:
         """(N, ...) -> (N, F) whose squared length is 1: the mean over positions of their own."""
         channels = -1 if features.ndim == 3 and self.channels_last else 1
         positions = features[0].numel() / features.shape[channels]
-        unit: Tensor = nn.functional.normalize(features.float(), dim=channels, eps=1e-10)
-        return unit.flatten(1) / positions**0.5
+        unit = nn.functional.normalize(features.float(), dim=channels, eps=1e-10)
+        flat: Tensor = unit.flatten(1) / positions**0.5
+        return flat
 
 
 def _keeper(found: list[Tensor]) -> Any:
