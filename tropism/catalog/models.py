@@ -17,14 +17,7 @@ if TYPE_CHECKING:
     from tropism.models.trainable import Trainable
 
 WEIGHTS = Path(__file__).parents[1] / "worlds" / "scenes" / "weights"
-SHIPPED: Mapping[str, str] = {
-    "scenes": "flow",
-    "scenes-sd": "sd",
-    "scenes-flow": "flow",
-    "scenes-lcm": "lcm",
-    "scenes-moving": "moving",
-}
-CLIPS = ("scenes-moving",)  # of those, the ones that draw clips of moving scenes
+SHIPPED: Mapping[str, str] = {"scenes": "flow", "scenes-sd": "sd", "scenes-flow": "flow", "scenes-lcm": "lcm"}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 

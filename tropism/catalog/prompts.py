@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropism.catalog.models import CLIPS, SHIPPED
+from tropism.catalog.models import SHIPPED
 from tropism.config import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ MOVING_PROMPTS = re.compile(r"moving(?P<held>-held-out)?(?::(?P<count>\d+))?")
 
 def own_prompts(model: str, held_out: bool) -> str | None:
     """The name of the prompts that a model was made for; None when there are none."""
-    world = "moving" if model in CLIPS else "scenes"
-    return (f"{world}-held-out" if held_out else world) if model in SHIPPED else None
+    return ("scenes-held-out" if held_out else "scenes") if model in SHIPPED else None
 
 
 def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:

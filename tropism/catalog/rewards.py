@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tropism.catalog.models import CLIPS, SHIPPED, WEIGHTS
+from tropism.catalog.models import SHIPPED, WEIGHTS
 from tropism.config import BadInput, suggest
 from tropism.plugins import load_function
 
@@ -52,8 +52,6 @@ class Packaged:
 
 def own_rewards(model: str) -> list[str]:
     """The rewards that a model was made for."""
-    if model in CLIPS:
-        return ["moving"]
     return ["scenes"] if model in SHIPPED else []
 
 
