@@ -54,7 +54,8 @@ def motion_error(clips: Tensor, prompts: Tensor) -> Tensor:
     that know nothing of one another sqrt(4 (2 + 4 cos(a)^2)) = 4.64 in root mean square."""
     x = (clips - MODES[prompts][:, None]) / SPREAD
     off = x[:, 2:] - 2 * math.cos(TURN) * x[:, 1:-1] + x[:, :-2]
-    return torch.linalg.vector_norm(off.flatten(1), dim=1)
+    found: Tensor = torch.linalg.vector_norm(off.flatten(1), dim=1)
+    return found
 
 
 class ToyClips:
