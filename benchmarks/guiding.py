@@ -19,7 +19,7 @@ from tropism.adaptive import Walk
 from tropism.base import Denoiser, take
 from tropism.data.prompts import PromptSet
 from tropism.evaluate import first_images, interval, paired_gain
-from tropism.few_step_report import Counted
+from tropism.counting import Counted
 from tropism.guidance import ROW, Guided
 from tropism.randomness import normal, row_generators, row_seeds
 from tropism.samplers import solver, walk

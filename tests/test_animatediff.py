@@ -184,7 +184,7 @@ def place(spatial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def test_a_folder_takes_what_it_lacks_from_its_base(place: Path) -> None:
-    model = load_pipeline("model", image_size=SIZE)
+    model = load_pipeline("model", image_size=SIZE, guidance_scale=7.5)
     torch.testing.assert_close(ours(ROWS["animatediff"], model), theirs(ROWS["animatediff"], v_clips()))
     facts = describe_model("model")
     assert facts["family"].startswith("AnimateDiff") and facts["defaults"] == "3 steps, guidance 2"

@@ -1,4 +1,4 @@
-"""Train the motion modules of ``scenes-moving`` on drawn clips; the image model inside, scenes-sd, stays as it is.
+"""Train motion modules for scenes-sd on drawn clips of moving scenes; the image model inside stays as it is.
 
 AnimateDiff (2307.04725): a temporal transformer after every block of the UNet, its output zero at first. Learnt besides
 are the text encoder's rows for the words that only clips have. v-prediction with noise of its own in every frame, more
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -172,7 +173,8 @@ def fit(args: argparse.Namespace, clips: Clips) -> Average:
 
 
 def export(clips: Clips, folder: Path) -> None:
-    """What ``scenes-moving`` has of its own: motion modules in fp16, the text encoder and tokenizer with new words."""
+    """A pipeline of its own parts alone: motion modules in fp16, text encoder and tokenizer with new words; the rest is
+    scenes-sd's."""
     clips.learnt.motion.half().save_pretrained(folder / "motion_adapter", safe_serialization=True)
     clips.text.get_input_embeddings().weight.copy_(clips.table())
     clips.text.save_pretrained(folder / "text_encoder", safe_serialization=True)
@@ -183,7 +185,7 @@ def export(clips: Clips, folder: Path) -> None:
         index.pop(name)
     index |= {"_class_name": "AnimateDiffPipeline", "motion_adapter": ["diffusers", "MotionAdapter"]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    told = {"guidance_scale": 3.0, "steps": 20, "base": "../sd"}
+    told = {"guidance_scale": 3.0, "steps": 20, "base": os.path.relpath(BASE, folder)}
     (folder / "tropism.json").write_text(json.dumps(told) + "\n")
 
 

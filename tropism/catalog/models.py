@@ -17,23 +17,14 @@ if TYPE_CHECKING:
     from tropism.models.trainable import Trainable
 
 WEIGHTS = Path(__file__).parents[1] / "worlds" / "scenes" / "weights"
-SHIPPED: Mapping[str, str] = {
-    "scenes": "flow",
-    "scenes-sd": "sd",
-    "scenes-flow": "flow",
-    "scenes-lcm": "lcm",
-    "scenes-moving": "moving",
-}
-CLIPS = ("scenes-moving",)  # of those, the ones that draw clips of moving scenes
+SHIPPED: Mapping[str, str] = {"scenes": "flow", "scenes-sd": "sd", "scenes-flow": "flow", "scenes-lcm": "lcm"}
 MELODIES = Path(__file__).parents[1] / "worlds" / "melodies" / "weights" / "melodies.safetensors"
 BUILT: Mapping[str, str] = {"melodies": "tropism.catalog.models:melodies"}  # names of functions
 
 
 def world_of(model: str) -> str | None:
     """The world that a model of the package draws: its prompts, and its reward, are called so. None for any other."""
-    if model in BUILT:
-        return model
-    return ("moving" if model in CLIPS else "scenes") if model in SHIPPED else None
+    return model if model in BUILT else "scenes" if model in SHIPPED else None
 
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")

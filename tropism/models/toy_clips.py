@@ -45,7 +45,8 @@ def clips(prompts: Tensor, generator: torch.Generator) -> Tensor:
     """(B, 4, 2) drawn clips of prompts (B,) by number."""
     u, v = torch.randn(2, len(prompts), 1, 2, generator=generator)
     angle = TURN * torch.arange(FRAMES)[:, None]
-    return MODES[prompts][:, None] + SPREAD * (angle.cos() * u + angle.sin() * v)
+    drawn: Tensor = MODES[prompts][:, None] + SPREAD * (angle.cos() * u + angle.sin() * v)
+    return drawn
 
 
 def motion_error(clips: Tensor, prompts: Tensor) -> Tensor:
@@ -53,7 +54,8 @@ def motion_error(clips: Tensor, prompts: Tensor) -> Tensor:
     that know nothing of one another sqrt(4 (2 + 4 cos(a)^2)) = 4.64 in root mean square."""
     x = (clips - MODES[prompts][:, None]) / SPREAD
     off = x[:, 2:] - 2 * math.cos(TURN) * x[:, 1:-1] + x[:, :-2]
-    return off.flatten(1).norm(dim=1)
+    found: Tensor = torch.linalg.vector_norm(off.flatten(1), dim=1)
+    return found
 
 
 class ToyClips:
@@ -175,7 +177,7 @@ class ToyClips:
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, 8) -> (B, 4, 2)."""
-        return images.unflatten(1, self.latent_shape)
+        return images.reshape(-1, *self.latent_shape)
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) as the image toy's."""
