@@ -60,13 +60,22 @@ def run(name: str, seed: int, updates: int, steps: int, rate: float, fake_rate: 
     average = Ema(model.parameters(), ema)
     law, started = chain_law("sticky"), time.process_time()
     for done in range(every, updates + 1, every):
-        train(method, [PromptSet(["sticky"]).batch([0], ROWS)] * every, optimizer, steps=every // PASSES, hooks=[lambda _: average.update()])
+        train(
+            method,
+            [PromptSet(["sticky"]).batch([0], ROWS)] * every,
+            optimizer,
+            steps=every // PASSES,
+            hooks=[lambda _: average.update()],
+        )
         if done % (2 * every) == 0:
             with average.swapped():
                 found = {"mean": distance(tokens_of(method.policy), law)}
                 found |= {"argmax": distance(tokens_of(method.policy, True), law)} if name == "dd1" else {}
             said = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-            print(f"{name} seed {seed} steps {steps} updates {done}: {said} ({time.process_time() - started:.0f} s)", flush=True)
+            print(
+                f"{name} seed {seed} steps {steps} updates {done}: {said} ({time.process_time() - started:.0f} s)",
+                flush=True,
+            )
 
 
 def main() -> None:

@@ -215,7 +215,9 @@ def test_inputs_are_not_changed_and_only_the_student_learns(settings):
     model = made()
     method, reference = built(settings, model), model.encode(["sticky"] * 4)
     with model.reference():
-        before = model.flow(torch.zeros(4, 3, 2), torch.zeros(4, 3).bool(), torch.zeros(4, 3, 2), torch.ones(4, 3), reference)
+        before = model.flow(
+            torch.zeros(4, 3, 2), torch.zeros(4, 3).bool(), torch.zeros(4, 3, 2), torch.ones(4, 3), reference
+        )
     for update in method.experience(prompts()):
         for rows in update:
             stored = copy.deepcopy(rows)
@@ -227,7 +229,9 @@ def test_inputs_are_not_changed_and_only_the_student_learns(settings):
             assert all(value.grad is None for value in method.fake.parameters)
         method.after_step()
     with model.reference():
-        after = model.flow(torch.zeros(4, 3, 2), torch.zeros(4, 3).bool(), torch.zeros(4, 3, 2), torch.ones(4, 3), reference)
+        after = model.flow(
+            torch.zeros(4, 3, 2), torch.zeros(4, 3).bool(), torch.zeros(4, 3, 2), torch.ones(4, 3), reference
+        )
     assert torch.equal(before[0], after[0])
 
 
@@ -250,24 +254,26 @@ def test_a_run_goes_on_bit_by_bit(settings, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(one.fake.parameters, resumed.fake.parameters, strict=True))
 
 
-def test_prefixes_and_scores_carry_no_gradient():
-    """The gradient of what is said at the first position does not come from the later ones: their prefixes are stopped."""
+def test_the_step_is_the_difference_of_two_scores():
+    """Position by position at times of their own, the prefixes stopped and read as codes by the teacher: in autograd
+    nothing else reaches what is said, and nothing at all the fake score."""
     model = made(double=True)
     method = built(ROWS[3], model)
     rows = next(iter(next(iter(method.experience(prompts())))))
-    said = []
-    says = model.says
-    model.says = lambda x, drawn, cond: said.append(says(x, drawn, cond).detach().requires_grad_()) or said[-1]
+    said = model.says(rows.x, rows.drawn, rows.cond).detach().requires_grad_()
+    model.says = lambda *_: said
     method.policy = method.policy.with_(model=model)
     method.loss(rows).total.backward()
-    whole, size = said[0].grad.clone(), said[0].shape
-    step = (whole * size[1] * size[2]).flatten(0, 1)  # what is moved, before the means over positions and dimensions
-    moved_by = method.heard[0][0], method.heard[0][1]
-    noisy = (1 - moved_by[0].times[:, 0, :, None]) * moved_by[1] + moved_by[0].times[:, 0, :, None] * moved_by[0].eps[:, 0]
-    real, fake = method._taught(CORNERS.double()[nearest(moved_by[1], CORNERS.double())], noisy, rows), method._faked(moved_by[1], noisy, rows, 0)
-    wanted = ((fake - real) / (moved_by[1] - real).abs().mean(-1, keepdim=True)).flatten(0, 1)
-    assert torch.allclose(step, wanted.detach(), rtol=1e-9)
+    t, q = rows.times[:, 0, :, None], said.detach()
+    noisy, codes = (1 - t) * q + t * rows.eps[:, 0], CORNERS.double()
+    log_p = model.logits(codes[torch.cdist(q, codes).argmin(-1)], rows.cond).log_softmax(-1)
+    square = (noisy[:, :, None] - (1 - t)[..., None] * codes).square().sum(-1)
+    real = (log_p - square / (2 * t.square())).softmax(-1) @ codes
+    fake = method.fake.model.flow(q, torch.zeros_like(rows.drawn), noisy, t[..., 0], rows.cond)[0]
+    wanted = (fake - real) / (q - real).abs().flatten(1).mean(1)[:, None, None] / q[0].numel()
+    assert torch.allclose(said.grad, wanted.detach(), rtol=1e-6, atol=1e-12)
     assert all(value.grad is None for value in method.fake.parameters)
+    assert t.std(1).min() > 0  # every position has its own time
 
 
 # They learn.

@@ -8,7 +8,7 @@ probabilities p of the next token, the score of that token with noise is known e
    |mean(x_t | q_<i) - m_T(x_t, p(. | q_<i))|^2;
 2. a copy of it becomes the fake score, and two losses take turns. The student says q = mean(e_i | e_<i) at t = 1, noise
    in place of what came before, and moves along the difference of scores (CSD),
-       0.5 |q_i - sg(q_i - g_i)|^2,   g_i = (m_fake(q_i^t | q_<i) - m_T(q_i^t | q_<i)) / mean|q_i - m_T|,
+       0.5 |q_i - sg(q_i - g_i)|^2,   g_i = (m_fake(q_i^t | q_<i) - m_T(q_i^t | q_<i)) / mean|q - m_T|,
    a time t for each position, and no gradient through q_<i; the fake score denoises what the student says (FCS).
 
 No data, and no chain of the teacher after the first stage. Where both scores agree at every position, the student's law
@@ -31,14 +31,20 @@ import torch
 from torch import Tensor
 
 from tropism.base import Distillable, Loss, Prompts, Reward, take
-from tropism.codebook import posterior_mean
-from tropism.distillation import Before
 from tropism.distillation.matching import FakeScore, direction, moved
-from tropism.distillation.tokens import Tokens, check_tokens, first_parts, noised, snapped, student_states, tokens
-from tropism.methods.distilling import StudentSettings
+from tropism.distillation.tokens import (
+    Tokens,
+    believed,
+    check_tokens,
+    first_parts,
+    snapped,
+    student_states,
+    taught,
+    tokens,
+)
+from tropism.methods.token_settings import TokenDistillationSettings
 from tropism.policy import Policy
 from tropism.rollout import slices
-from tropism.samplers import solver
 
 
 @dataclass
@@ -96,30 +102,20 @@ class DD2:
         """Of the first stage, or CSD: a sum over rows of means over positions and dimensions."""
         count = torch.tensor(float(len(rows.x)))
         if not bool(rows.drawn.any()):
-            t, noisy = rows.times[:, 0], noised(rows.x, rows.eps[:, 0], rows.times[:, 0])
-            apart = self.model.flow(rows.x, rows.drawn, noisy, t, rows.cond)[0] - self._taught(rows.x, noisy, rows)
+            noisy = rows.noised(rows.x, 0)
+            apart = believed(self.model, rows.x, noisy, rows, 0) - taught(self.teacher, rows.x, noisy, rows, 0)
             total = apart.square().flatten(1).mean(1).sum()
             return Loss(total, count, {"init_error": total.detach() / count})
         said = torch.where(rows.drawn[..., None], self.model.says(rows.x, rows.drawn, rows.cond), rows.x)
         self.heard.append((rows, said.detach()))
         with torch.no_grad():
-            noisy = noised(said, rows.eps[:, 0], rows.times[:, 0])
-            real, fake = self._taught(snapped(said, self.model.codes), noisy, rows), self._faked(said, noisy, rows, 0)
-        step = direction(*(value.flatten(0, 1) for value in (said.detach(), real, fake)))
-        total = (moved(said.flatten(0, 1), step).view_as(rows.drawn) * rows.drawn).mean(1).sum()
+            noisy = rows.noised(said, 0)
+            real = taught(self.teacher, snapped(said, self.model.codes), noisy, rows, 0)
+            fake = believed(self.fake.model, said, noisy, rows, 0)
+        step = direction(said.detach(), real, fake) * rows.drawn[..., None]
+        total = moved(said, step).sum()
         metrics = {"disagreement": step.abs().mean(), "fake_error": torch.tensor(self.fake.error)}
         return Loss(total, count, metrics)
-
-    @torch.no_grad()
-    def _taught(self, before: Tensor, noisy: Tensor, rows: Tokens) -> Tensor:
-        """(N, L, d) the teacher's posterior means after the codes ``before``."""
-        logits = self.teacher.denoiser(before, noisy.new_ones(len(noisy)), rows.cond).x0
-        return posterior_mean(noisy, rows.times[:, 0], logits.log_softmax(-1).to(noisy), self.model.codes.to(noisy))
-
-    def _faked(self, said: Tensor, noisy: Tensor, rows: Tokens, draw: int) -> Tensor:
-        """(N, L, d) the fake score's; no token it sees is noise."""
-        seen = torch.zeros_like(rows.drawn)
-        return self.fake.model.flow(said, seen, noisy, rows.times[:, draw], rows.cond)[0]  # type: ignore[no-any-return]
 
     def after_step(self) -> None:
         """The fake score begins as what the first stage made, and then catches up with the student."""
@@ -133,22 +129,14 @@ class DD2:
 
     def _error(self, rows: Tokens, said: Tensor, draw: int) -> Tensor:
         """(N,) FCS."""
-        noisy = noised(said, rows.eps[:, draw], rows.times[:, draw])
-        return (self._faked(said, noisy, rows, draw) - said).square().flatten(1).mean(1)
+        apart = believed(self.fake.model, said, rows.noised(said, draw), rows, draw) - said
+        return apart.square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
-class Settings(StudentSettings):
+class Settings(TokenDistillationSettings):
     """A one-step student of a model of image tokens, by the difference of two scores."""
 
-    student_steps: int = 1
-    """Moves of the student: it says all tokens, keeps the first part of them, and says the rest anew."""
-    inference_steps: int = 20
-    """Not used: the teacher has a move a token."""
-    prompts_per_step: int = 512
-    """Prompts of a step (on all processes together)."""
-    updates: int = 4
-    """Optimizer steps of one pass over a step's prompts."""
     learning_rate: float = 3e-4
     fake_learning_rate: float = 1e-3
     """Of the fake score."""
@@ -158,7 +146,7 @@ class Settings(StudentSettings):
     """Updates of the first stage, on samples of the teacher."""
 
     def check(self) -> None:
-        """As the settings of a student, and the ranges above."""
+        """As the shared settings, and the ranges above."""
         super().check()
         if not 0 < self.fake_learning_rate < 1 or self.fake_updates < 1 or self.init_updates < 0:
             raise ValueError(
@@ -170,8 +158,6 @@ class Settings(StudentSettings):
         """The method on this model; the reward is not learnt from. Raises ValueError for a model without tokens."""
         check_tokens(model, "dd2")
         student = self.student(model, "ode")
-        length, own = model.latent_shape[0], solver(model.denoiser)
-        teacher = Policy(Before(model), own, length, self.guidance_scale, microbatch=self.sample_batch)
         fake = FakeScore(copy.deepcopy(model), self.fake_learning_rate)
         own_settings = (self.minibatch, self.updates, self.passes, self.fake_updates, self.init_updates)
-        return DD2(student, teacher, fake, generator, *own_settings)
+        return DD2(student, self.teacher(model), fake, generator, *own_settings)

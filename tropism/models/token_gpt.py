@@ -34,9 +34,7 @@ class TokenGPT(nn.Module):
         layers: int = 5,
     ) -> None:
         super().__init__()
-        self.config = dict(
-            words=words, prefix=prefix, length=length, levels=list(levels), width=width, layers=layers
-        )
+        self.config = dict(words=words, prefix=prefix, length=length, levels=list(levels), width=width, layers=layers)
         self.length, self.prefix, dimension = length, prefix, len(levels)
         self.register_buffer("codes", fsq_codes(levels), persistent=False)
         count = self.codes.shape[0]  # type: ignore[operator,union-attr,index]

@@ -1,4 +1,4 @@
-"""Pictures as grids of tokens: finite scalar quantisation (Mentzer et al. 2023, 2309.15505) of an autoencoder's latents.
+"""Pictures as grids of tokens: finite scalar quantisation (2309.15505) of an autoencoder's latents.
 
 A code is a point of a fixed grid in R^d, so that there is no codebook to learn and none that could collapse.
 """
