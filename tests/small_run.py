@@ -17,7 +17,8 @@ from tropism.cli import main
 DISTILLING = {"student_steps": "1", "updates": "2", "lr_schedule": "constant"}  # a cosine depends on how long a run is
 FLOW, HOPS = {"flow-grpo"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
 OWN_NETWORK = {"ctm", "dd1", "dd2", "mean-flow", "shortcut"}
-"""Methods of a network that is told two times, or that draws tokens, as no model of the package; their pages have one."""
+"""Methods of a network that is told two times, or that draws tokens, as no model of the package does; their pages have
+one of one's own."""
 
 REWARDS = """\
 calls = 0

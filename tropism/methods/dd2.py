@@ -11,13 +11,11 @@ probabilities p of the next token, the score of that token with noise is known e
        0.5 |q_i - sg(q_i - g_i)|^2,   g_i = (m_fake(q_i^t | q_<i) - m_T(q_i^t | q_<i)) / mean|q - m_T|,
    a time t for each position, and no gradient through q_<i; the fake score denoises what the student says (FCS).
 
-No data, and no chain of the teacher after the first stage. Where both scores agree at every position, the student's law
-is the teacher's (the paper's proposition).
+No data are needed, and no chain of the teacher after the first stage.
 
-Departures: no code was published, so these are choices. Scores are compared as posterior means, which is the same up
-to a weight of t, in the form of DMD (2311.18828, eq. 8) rather than SiD's; the teacher reads q_<i as the nearest codes,
-the fake score as it is; the head is told which of the tokens before are noise. With ``student_steps`` above 1 the
-student is asked at states of its own, the first parts said and kept (section 4.3 of 2412.17153).
+Choices, as no code was published: scores are compared as posterior means, the same up to a weight of t, in DMD's form
+(2311.18828, eq. 8) and not SiD's; the teacher reads q_<i as the nearest codes; the network is told which tokens before
+are noise. With ``student_steps`` above 1 the student is asked at states of its own, the first parts said and kept.
 """
 
 from __future__ import annotations
@@ -31,17 +29,9 @@ import torch
 from torch import Tensor
 
 from tropism.base import Distillable, Loss, Prompts, Reward, take
+from tropism.distillation import tokens as tok
 from tropism.distillation.matching import FakeScore, direction, moved
-from tropism.distillation.tokens import (
-    Tokens,
-    believed,
-    check_tokens,
-    first_parts,
-    snapped,
-    student_states,
-    taught,
-    tokens,
-)
+from tropism.distillation.tokens import Tokens
 from tropism.methods.token_settings import TokenDistillationSettings
 from tropism.policy import Policy
 from tropism.rollout import slices
@@ -65,7 +55,7 @@ class DD2:
 
     @property
     def model(self) -> Any:
-        """The student's."""
+        """Of tokens."""
         return self.policy.model
 
     @property
@@ -74,7 +64,7 @@ class DD2:
         return [self.fake]
 
     def state_dict(self) -> dict[str, int]:
-        """What is not a tensor."""
+        """The updates that were made."""
         return {"made": self.made}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -91,9 +81,9 @@ class DD2:
                 if first is not None and self.made < self.init_updates:
                     x, drawn = first[part], torch.zeros(len(part), first.shape[1], dtype=torch.bool)
                 else:
-                    drawn = first_parts(len(part), self.model.latent_shape[0], self.policy.steps, self.generator)
-                    x = student_states(self.policy, own, drawn, self.generator)
-                made = tokens(self.policy, x, drawn.to(x.device), own, 1 + self.fake_updates, self.generator, None)
+                    drawn = tok.first_parts(len(part), self.model.latent_shape[0], self.policy.steps, self.generator)
+                    x = tok.student_states(self.policy, own, drawn, self.generator)
+                made = tok.tokens(self.policy, x, drawn.to(x.device), own, 1 + self.fake_updates, self.generator, None)
                 self.heard.clear()
                 parts = slices(torch.arange(len(part)), 1, self.minibatch, self.policy.processes)[0]
                 yield (made.rows(index) for index in parts)
@@ -103,19 +93,18 @@ class DD2:
         count = torch.tensor(float(len(rows.x)))
         if not bool(rows.drawn.any()):
             noisy = rows.noised(rows.x, 0)
-            apart = believed(self.model, rows.x, noisy, rows, 0) - taught(self.teacher, rows.x, noisy, rows, 0)
+            apart = tok.believed(self.model, rows.x, noisy, rows, 0) - tok.taught(self.teacher, rows.x, noisy, rows, 0)
             total = apart.square().flatten(1).mean(1).sum()
             return Loss(total, count, {"init_error": total.detach() / count})
         said = torch.where(rows.drawn[..., None], self.model.says(rows.x, rows.drawn, rows.cond), rows.x)
         self.heard.append((rows, said.detach()))
         with torch.no_grad():
             noisy = rows.noised(said, 0)
-            real = taught(self.teacher, snapped(said, self.model.codes), noisy, rows, 0)
-            fake = believed(self.fake.model, said, noisy, rows, 0)
+            real = tok.taught(self.teacher, tok.snapped(said, self.model.codes), noisy, rows, 0)
+            fake = tok.believed(self.fake.model, said, noisy, rows, 0)
         step = direction(said.detach(), real, fake) * rows.drawn[..., None]
-        total = moved(said, step).sum()
         metrics = {"disagreement": step.abs().mean(), "fake_error": torch.tensor(self.fake.error)}
-        return Loss(total, count, metrics)
+        return Loss(moved(said, step).sum(), count, metrics)
 
     def after_step(self) -> None:
         """The fake score begins as what the first stage made, and then catches up with the student."""
@@ -129,7 +118,7 @@ class DD2:
 
     def _error(self, rows: Tokens, said: Tensor, draw: int) -> Tensor:
         """(N,) FCS."""
-        apart = believed(self.fake.model, said, rows.noised(said, draw), rows, draw) - said
+        apart = tok.believed(self.fake.model, said, rows.noised(said, draw), rows, draw) - said
         return apart.square().flatten(1).mean(1)
 
 
@@ -156,8 +145,7 @@ class Settings(TokenDistillationSettings):
 
     def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> DD2:
         """The method on this model; the reward is not learnt from. Raises ValueError for a model without tokens."""
-        check_tokens(model, "dd2")
-        student = self.student(model, "ode")
-        fake = FakeScore(copy.deepcopy(model), self.fake_learning_rate)
-        own_settings = (self.minibatch, self.updates, self.passes, self.fake_updates, self.init_updates)
-        return DD2(student, self.teacher(model), fake, generator, *own_settings)
+        tok.check_tokens(model, "dd2")
+        student, fake = self.student(model, "ode"), FakeScore(copy.deepcopy(model), self.fake_learning_rate)
+        own = (self.minibatch, self.updates, self.passes, self.fake_updates, self.init_updates)
+        return DD2(student, self.teacher(model), fake, generator, *own)
