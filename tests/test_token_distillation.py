@@ -15,13 +15,14 @@ from torch import Tensor
 from tropism.checkpoint import load_checkpoint, save_checkpoint
 from tropism.codebook import flow_to_code, nearest, posterior_mean, score
 from tropism.data.prompts import PromptSet
+from tropism.distillation import Before
 from tropism.distillation.tokens import first_parts, mapped
 from tropism.methods import dd1, dd2
 from tropism.models.image_tokens import CORNERS, chain_law, chain_model
 from tropism.models.toy import ToyTextToImage
 from tropism.policy import Policy, run_chains
 from tropism.randomness import row_generators, row_seeds
-from tropism.samplers import NextPart, NextToken, solver
+from tropism.samplers import NextPart, NextToken, solver, stochastic_solver
 from tropism.train import train
 from tropism.transitions import Filled
 
@@ -197,6 +198,16 @@ def test_mapped_noises_have_the_law():
     cond = model.encode(["sticky"] * 4000)
     found = mapped(teacher, teacher.noise(4000, generator()), cond, CORNERS, 20)
     assert variation(CORNERS[found], "sticky") < 0.06
+
+
+def test_the_teacher_of_a_run_is_drawn_with_token_by_token():
+    """Also by whoever is given nothing but the model as it was, as evaluation and its divergence are."""
+    model = made()
+    was = Before(model)
+    for kernel in (solver(was.denoiser), stochastic_solver(was.denoiser)):
+        assert isinstance(kernel, NextToken) and torch.equal(kernel.codes, CORNERS)
+    student = model.few_step("ode", 1)
+    assert isinstance(solver(Before(student).denoiser), NextPart)
 
 
 # What the battery asks of every method.

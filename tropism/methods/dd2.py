@@ -55,7 +55,7 @@ class DD2:
 
     @property
     def model(self) -> Any:
-        """Of tokens."""
+        """The student's."""
         return self.policy.model
 
     @property
@@ -73,15 +73,15 @@ class DD2:
 
     def experience(self, batch: Prompts) -> Iterator[Iterator[Tokens]]:
         """``updates`` slices of a batch a pass, each with fresh noise; the teacher draws at first, once a batch."""
-        cond, rows = self.model.encode(batch.text), len(batch.text)
+        cond, rows, length = self.model.encode(batch.text), len(batch.text), self.model.latent_shape[0]
         first = self.teacher.draw(batch.text, self.generator) if self.made < self.init_updates else None
         for _ in range(self.passes):
             for part in torch.randperm(rows, generator=self.generator).tensor_split(self.updates):
                 own = take(cond, part)
                 if first is not None and self.made < self.init_updates:
-                    x, drawn = first[part], torch.zeros(len(part), first.shape[1], dtype=torch.bool)
+                    x, drawn = first[part], torch.zeros(len(part), length, dtype=torch.bool)
                 else:
-                    drawn = tok.first_parts(len(part), self.model.latent_shape[0], self.policy.steps, self.generator)
+                    drawn = tok.first_parts(len(part), length, self.policy.steps, self.generator)
                     x = tok.student_states(self.policy, own, drawn, self.generator)
                 made = tok.tokens(self.policy, x, drawn.to(x.device), own, 1 + self.fake_updates, self.generator, None)
                 self.heard.clear()
@@ -90,9 +90,8 @@ class DD2:
 
     def loss(self, rows: Tokens) -> Loss:
         """Of the first stage, or CSD: a sum over rows of means over positions and dimensions."""
-        count = torch.tensor(float(len(rows.x)))
+        count, noisy = torch.tensor(float(len(rows.x))), rows.noised(rows.x, 0)
         if not bool(rows.drawn.any()):
-            noisy = rows.noised(rows.x, 0)
             apart = tok.believed(self.model, rows.x, noisy, rows, 0) - tok.taught(self.teacher, rows.x, noisy, rows, 0)
             total = apart.square().flatten(1).mean(1).sum()
             return Loss(total, count, {"init_error": total.detach() / count})
