@@ -15,13 +15,14 @@ from torch import Tensor
 from tropism.checkpoint import load_checkpoint, save_checkpoint
 from tropism.codebook import flow_to_code, nearest, posterior_mean, score
 from tropism.data.prompts import PromptSet
+from tropism.distillation import Before
 from tropism.distillation.tokens import first_parts, mapped
 from tropism.methods import dd1, dd2
 from tropism.models.image_tokens import CORNERS, chain_law, chain_model
 from tropism.models.toy import ToyTextToImage
 from tropism.policy import Policy, run_chains
 from tropism.randomness import row_generators, row_seeds
-from tropism.samplers import NextPart, NextToken, solver
+from tropism.samplers import NextPart, NextToken, solver, stochastic_solver
 from tropism.train import train
 from tropism.transitions import Filled
 
@@ -199,6 +200,16 @@ def test_mapped_noises_have_the_law():
     assert variation(CORNERS[found], "sticky") < 0.06
 
 
+def test_the_teacher_of_a_run_is_drawn_with_token_by_token():
+    """Also by whoever is given nothing but the model as it was, as evaluation and its divergence are."""
+    model = made()
+    was = Before(model)
+    for kernel in (solver(was.denoiser), stochastic_solver(was.denoiser)):
+        assert isinstance(kernel, NextToken) and torch.equal(kernel.codes, CORNERS)
+    student = model.few_step("ode", 1)
+    assert isinstance(solver(Before(student).denoiser), NextPart)
+
+
 # What the battery asks of every method.
 
 
@@ -254,29 +265,26 @@ def test_a_run_goes_on_bit_by_bit(settings, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(one.fake.parameters, resumed.fake.parameters, strict=True))
 
 
-def test_prefixes_and_scores_carry_no_gradient():
-    """The gradient of what is said at the first position does not come from the later ones: their prefixes are stopped."""
+def test_the_step_is_the_difference_of_two_scores():
+    """Position by position at times of their own, the prefixes stopped and read as codes by the teacher: in autograd
+    nothing else reaches what is said, and nothing at all the fake score."""
     model = made(double=True)
     method = built(ROWS[3], model)
     rows = next(iter(next(iter(method.experience(prompts())))))
-    said = []
-    says = model.says
-    model.says = lambda x, drawn, cond: said.append(says(x, drawn, cond).detach().requires_grad_()) or said[-1]
+    said = model.says(rows.x, rows.drawn, rows.cond).detach().requires_grad_()
+    model.says = lambda *_: said
     method.policy = method.policy.with_(model=model)
     method.loss(rows).total.backward()
-    whole, size = said[0].grad.clone(), said[0].shape
-    step = (whole * size[1] * size[2]).flatten(0, 1)  # what is moved, before the means over positions and dimensions
-    moved_by = method.heard[0][0], method.heard[0][1]
-    noisy = (1 - moved_by[0].times[:, 0, :, None]) * moved_by[1] + moved_by[0].times[:, 0, :, None] * moved_by[0].eps[
-        :, 0
-    ]
-    real, fake = (
-        method._taught(CORNERS.double()[nearest(moved_by[1], CORNERS.double())], noisy, rows),
-        method._faked(moved_by[1], noisy, rows, 0),
-    )
-    wanted = ((fake - real) / (moved_by[1] - real).abs().mean(-1, keepdim=True)).flatten(0, 1)
-    assert torch.allclose(step, wanted.detach(), rtol=1e-9)
+    t, q = rows.times[:, 0, :, None], said.detach()
+    noisy, codes = (1 - t) * q + t * rows.eps[:, 0], CORNERS.double()
+    log_p = model.logits(codes[torch.cdist(q, codes).argmin(-1)], rows.cond).log_softmax(-1)
+    square = (noisy[:, :, None] - (1 - t)[..., None] * codes).square().sum(-1)
+    real = (log_p - square / (2 * t.square())).softmax(-1) @ codes
+    fake = method.fake.model.flow(q, torch.zeros_like(rows.drawn), noisy, t[..., 0], rows.cond)[0]
+    wanted = (fake - real) / (q - real).abs().flatten(1).mean(1)[:, None, None] / q[0].numel()
+    assert torch.allclose(said.grad, wanted.detach(), rtol=1e-6, atol=1e-12)
     assert all(value.grad is None for value in method.fake.parameters)
+    assert t.std(1).min() > 0  # every position has its own time
 
 
 # They learn.

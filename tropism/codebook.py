@@ -49,4 +49,5 @@ def flow_to_code(noise: Tensor, log_p: Tensor, codes: Tensor, steps: int = 20) -
 
 def nearest(x: Tensor, codes: Tensor) -> Tensor:
     """(...) the index of the code nearest to each point (..., d)."""
+    codes = codes.to(x)
     return (x @ codes.T - codes.square().sum(-1) / 2).argmax(-1)

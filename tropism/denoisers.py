@@ -7,7 +7,7 @@ eps, x0, v = alpha eps - sigma x0 (Salimans and Ho 2022, 2202.00512, appendix D)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -330,7 +330,7 @@ class TokenDenoiser:
 
     logits: Callable[[Tensor, Cond], Tensor]
     codes: Tensor  # (V, d)
-    schedule: Schedule = RectifiedFlow(num_train_timesteps=1)  # of a token's own path from noise to its code
+    schedule: Schedule = field(default_factory=lambda: RectifiedFlow(num_train_timesteps=1))  # of one token's own path
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, L, d); t is not read: no logits depend on what is not decided yet."""
@@ -348,7 +348,7 @@ class OnePass:
 
     says: Callable[[Tensor, Tensor, Cond], Tensor]
     codes: Tensor  # (V, d)
-    schedule: Schedule = RectifiedFlow(num_train_timesteps=1)
+    schedule: Schedule = field(default_factory=lambda: RectifiedFlow(num_train_timesteps=1))
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x (B, L, d), t (B,): the first (1 - t) L positions are decided, and stay as they are."""

@@ -1,32 +1,42 @@
 """Train the image-token model of scenes: a tokenizer over the shipped autoencoder's latents, then a small causal
 transformer over its tokens.
 
-    python recipes/scenes/latents.py --vae tropism/worlds/scenes/weights/flow/vae --out ~/scenes-weights/latents.safetensors
-    python recipes/scenes/tokens.py tokenizer --latents ~/scenes-weights/latents.safetensors --out ~/scenes-weights/tokens
-    python recipes/scenes/tokens.py network --latents ~/scenes-weights/latents.safetensors --out ~/scenes-weights/tokens
+    python recipes/scenes/latents.py --vae FLOW/vae --out ~/scenes-weights/latents.safetensors
+    python recipes/scenes/tokens.py tokenizer --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
+    python recipes/scenes/tokens.py network --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
+    python recipes/scenes/tokens.py check --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
 
-Both go on from what was saved.
+FLOW is the folder of scenes-flow (``tropism.catalog.WEIGHTS / "flow"``). Both trainings go on from what was saved;
+check says what the tokenizer loses: PSNR, and the share of held-out captions that the verifier passes on pictures that
+went through it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Average, Log, cosine, load_state, minibatches, save_state
+from common import KINDS, Average, Log, cosine, draw, load_state, minibatches, save_state, to_tensor
+from diffusers import AutoencoderTiny
+from fit import Master, Stepper
 from safetensors.torch import load_file
-from torch import Tensor
+from text import build_tokenizer
+from torch import Tensor, nn
 
-from tropism.models.tokenizer import Tokenizer
+from tropism.catalog import WEIGHTS
+from tropism.models.token_gpt import Pictures, TokenGPT, Words
+from tropism.models.tokenizer import Tokenizer, psnr
+from tropism.worlds.scenes import parse, verify_batch, words
 
 SAVE_EVERY = 250
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["tokenizer", "network"])
+    parser.add_argument("part", choices=["tokenizer", "network", "check"])
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
@@ -72,9 +82,75 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     tokenizer.save(args.out / "tokenizer")
 
 
+@torch.no_grad()
+def indices(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
+    """(N, L) int16 codes of latents (N, C, h, w)."""
+    found = []
+    for part in latents.split(1000):
+        codes = tokenizer.encode(part.float())
+        found.append(torch.cdist(codes, tokenizer.codes).argmin(-1).short())
+    return torch.cat(found)
+
+
+def network_loss(network: TokenGPT, tokens: Tensor, told: Tensor) -> Tensor:
+    """Nats a token."""
+    logits = network.logits(network.codes[tokens].to(torch.bfloat16), {"words": told}).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def train_network(args: argparse.Namespace) -> None:
+    """bf16 network over float32 weights, as the other pipelines of scenes; a tenth of the captions is dropped."""
+    torch.manual_seed(args.seed)
+    tokenizer, data, known = Tokenizer.load(args.out / "tokenizer"), load_file(args.latents), words()
+    tokens = indices(tokenizer, data["latents"])
+    texts = build_tokenizer().batch_decode(data["ids"].long(), skip_special_tokens=True)
+    network = TokenGPT(len(known) + 1, levels=tokenizer.levels)
+    told = Words(known, network.prefix)(texts)["words"]
+    folder, stepper = args.out / "training-network", Stepper(network, args.lr, args.steps)
+    first, master, log = stepper.load(folder), Master(network), Log(folder)
+    order, running = minibatches(len(tokens), args.batch, np.random.default_rng(args.seed)), 6.0
+    for step in range(first, args.steps):
+        rows = torch.from_numpy(next(order))
+        dropped = torch.rand(len(rows), generator=torch.Generator().manual_seed(step)) < 0.1
+        own = told[rows].masked_fill(dropped[:, None], 0)
+        loss = network_loss(master.network, tokens[rows].long(), own)
+        loss.backward()
+        stepper.step(master, step)
+        running += 0.02 * (loss.item() - running)
+        if (step + 1) % 100 == 0:
+            log(step=step + 1, nats=round(running, 4))
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+            stepper.save(folder, step + 1)
+    stepper.average.copy_to(network)
+    network.save(args.out / "network")
+    AutoencoderTiny.from_pretrained(WEIGHTS / "flow" / "vae").save_pretrained(args.out / "vae")
+    facts = {"words": list(known), "vae": "vae", "guidance_scale": 2.0}
+    (args.out / "tokens.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+@torch.no_grad()
+def check(args: argparse.Namespace) -> None:
+    """What is left of 300 held-out pictures after the autoencoder, and after the tokenizer as well."""
+    vae = AutoencoderTiny.from_pretrained(WEIGHTS / "flow" / "vae")
+    shown, texts = draw(np.random.default_rng(7), 300, "held_out")
+    images = to_tensor(shown) / 2 + 0.5
+    both = Pictures(Tokenizer.load(args.out / "tokenizer"), vae)
+    plain = vae.decode(vae.encode(images * 2 - 1).latents).sample / 2 + 0.5
+    tokens = both.latents(images)
+    for name, found in {"as drawn": images, "autoencoder": plain, "tokens": both.decode(tokens)}.items():
+        found = found.clamp(0, 1)
+        passed = [verdict.passed for verdict in verify_batch(found.numpy(), texts)]
+        kinds = {k: [p for p, text in zip(passed, texts, strict=True) if parse(text).kind == k] for k in KINDS}
+        rates = {kind: round(sum(held) / len(held), 3) for kind, held in kinds.items()}
+        decibels = psnr(found, images) if name != "as drawn" else float("inf")
+        print(f"{name}: {decibels:.2f} dB, passed {sum(passed) / len(passed):.3f} {rates}")
+    used = torch.cdist(tokens, both.tokenizer.codes).argmin(-1).unique()
+    print(f"{len(used)} of {len(both.tokenizer.codes)} codes are used")
+
+
 def main() -> None:
     args = arguments()
-    {"tokenizer": train_tokenizer}[args.part](args)
+    {"tokenizer": train_tokenizer, "network": train_network, "check": check}[args.part](args)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ class _Was:
     def takes_guidance(self) -> bool:
         return takes_guidance(self.model.denoiser)
 
+    @property
+    def was(self) -> Denoiser:
+        return self.model.denoiser
+
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         with self.model.reference():

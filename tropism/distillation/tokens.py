@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, take
-from tropism.codebook import flow_to_code, nearest
+from tropism.codebook import flow_to_code, nearest, posterior_mean
 from tropism.policy import Policy
 
 EARLIEST, LATEST = 0.02, 0.98  # times of the tokens' own noise
@@ -59,6 +59,11 @@ class Tokens:
         )
         return Tokens(x, drawn, take(self.cond, index), times, eps, wanted, self.info)
 
+    def noised(self, clean: Tensor, draw: int) -> Tensor:
+        """(N, L, d) (1 - t) clean + t eps, by this draw of both."""
+        t = self.times[:, draw, :, None]
+        return (1 - t) * clean + t * self.eps[:, draw]
+
 
 def tokens(
     policy: Policy, x: Tensor, drawn: Tensor, cond: Cond, draws: int, generator: torch.Generator, wanted: Tensor | None
@@ -68,11 +73,6 @@ def tokens(
     times = torch.rand(rows, draws, length, generator=generator) * (LATEST - EARLIEST) + EARLIEST
     eps = policy.noise(rows * draws, generator).unflatten(0, (rows, draws))
     return Tokens(x, drawn, cond, times.to(x), eps, drawn.long() * 0 if wanted is None else wanted)
-
-
-def noised(codes: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """(1 - t) codes + t eps: codes and eps (N, L, d), t (N, L)."""
-    return (1 - t[..., None]) * codes + t[..., None] * eps
 
 
 def snapped(x: Tensor, codes: Tensor) -> Tensor:
@@ -114,3 +114,16 @@ def mapped(teacher: Policy, noise: Tensor, cond: Cond, codes: Tensor, steps: int
         x = x.clone()
         x[:, place] = codes.to(noise)[found[:, place]]
     return found
+
+
+@torch.no_grad()
+def taught(teacher: Policy, before: Tensor, noisy: Tensor, rows: Tokens, draw: int) -> Tensor:
+    """(N, L, d) the teacher's posterior means of noisy tokens after the codes ``before`` (N, L, d)."""
+    logits = teacher.denoiser(before, noisy.new_ones(len(noisy)), rows.cond).x0.to(noisy)
+    codes = teacher.kernel.codes.to(noisy)  # type: ignore[attr-defined]
+    return posterior_mean(noisy, rows.times[:, draw].to(noisy), logits.log_softmax(-1), codes)
+
+
+def believed(model: TokenModel, before: Tensor, noisy: Tensor, rows: Tokens, draw: int) -> Tensor:
+    """(N, L, d) a student's means of noisy tokens, of which those ``before`` (N, L, d) are no noise."""
+    return model.flow(before, torch.zeros_like(rows.drawn), noisy, rows.times[:, draw], rows.cond)[0]

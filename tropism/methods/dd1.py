@@ -26,12 +26,10 @@ import torch
 from torch import nn
 
 from tropism.base import Distillable, Loss, Prompts, Reward, take
-from tropism.distillation import Before
 from tropism.distillation.tokens import Tokens, check_tokens, first_parts, mapped, tokens
-from tropism.methods.distilling import StudentSettings
+from tropism.methods.token_settings import TokenDistillationSettings
 from tropism.policy import Policy
 from tropism.rollout import slices
-from tropism.samplers import solver
 
 
 @dataclass
@@ -81,24 +79,16 @@ class DD1:
 
 
 @dataclass(frozen=True)
-class Settings(StudentSettings):
+class Settings(TokenDistillationSettings):
     """A one-step student of a model of image tokens, by a flow from noise to tokens."""
 
-    student_steps: int = 1
-    """Moves of the student: it says all tokens, keeps the first part of them, and says the rest anew."""
-    inference_steps: int = 20
-    """Not used: the teacher has a move a token."""
-    prompts_per_step: int = 512
-    """Prompts of a step (on all processes together)."""
-    updates: int = 4
-    """Optimizer steps of one pass over a step's pairs."""
     flow_steps: int = 20
     """Steps of the flow from noise to a code."""
     regression_weight: float = 1.0
     """Of the mean square error of the codes, beside the cross-entropy."""
 
     def check(self) -> None:
-        """As the settings of a student, and the ranges above."""
+        """As the shared settings, and the ranges above."""
         super().check()
         if self.flow_steps < 2 or self.regression_weight < 0:
             raise ValueError(
@@ -110,7 +100,5 @@ class Settings(StudentSettings):
         """The method on this model; the reward is not learnt from. Raises ValueError for a model without tokens."""
         check_tokens(model, "dd1")
         student = self.student(model, "ode")
-        length, own = model.latent_shape[0], solver(model.denoiser)
-        teacher = Policy(Before(model), own, length, self.guidance_scale, microbatch=self.sample_batch)
         own_settings = (self.minibatch, self.updates, self.passes, self.flow_steps, self.regression_weight)
-        return DD1(student, teacher, generator, *own_settings)
+        return DD1(student, self.teacher(model), generator, *own_settings)

@@ -8,16 +8,14 @@ probabilities p of the next token, the score of that token with noise is known e
    |mean(x_t | q_<i) - m_T(x_t, p(. | q_<i))|^2;
 2. a copy of it becomes the fake score, and two losses take turns. The student says q = mean(e_i | e_<i) at t = 1, noise
    in place of what came before, and moves along the difference of scores (CSD),
-       0.5 |q_i - sg(q_i - g_i)|^2,   g_i = (m_fake(q_i^t | q_<i) - m_T(q_i^t | q_<i)) / mean|q_i - m_T|,
+       0.5 |q_i - sg(q_i - g_i)|^2,   g_i = (m_fake(q_i^t | q_<i) - m_T(q_i^t | q_<i)) / mean|q - m_T|,
    a time t for each position, and no gradient through q_<i; the fake score denoises what the student says (FCS).
 
-No data, and no chain of the teacher after the first stage. Where both scores agree at every position, the student's law
-is the teacher's (the paper's proposition).
+No data are needed, and no chain of the teacher after the first stage.
 
-Departures: no code was published, so these are choices. Scores are compared as posterior means, which is the same up
-to a weight of t, in the form of DMD (2311.18828, eq. 8) rather than SiD's; the teacher reads q_<i as the nearest codes,
-the fake score as it is; the head is told which of the tokens before are noise. With ``student_steps`` above 1 the
-student is asked at states of its own, the first parts said and kept (section 4.3 of 2412.17153).
+Choices, as no code was published: scores are compared as posterior means, the same up to a weight of t, in DMD's form
+(2311.18828, eq. 8) and not SiD's; the teacher reads q_<i as the nearest codes; the network is told which tokens before
+are noise. With ``student_steps`` above 1 the student is asked at states of its own, the first parts said and kept.
 """
 
 from __future__ import annotations
@@ -31,14 +29,12 @@ import torch
 from torch import Tensor
 
 from tropism.base import Distillable, Loss, Prompts, Reward, take
-from tropism.codebook import posterior_mean
-from tropism.distillation import Before
+from tropism.distillation import tokens as tok
 from tropism.distillation.matching import FakeScore, direction, moved
-from tropism.distillation.tokens import Tokens, check_tokens, first_parts, noised, snapped, student_states, tokens
-from tropism.methods.distilling import StudentSettings
+from tropism.distillation.tokens import Tokens
+from tropism.methods.token_settings import TokenDistillationSettings
 from tropism.policy import Policy
 from tropism.rollout import slices
-from tropism.samplers import solver
 
 
 @dataclass
@@ -68,7 +64,7 @@ class DD2:
         return [self.fake]
 
     def state_dict(self) -> dict[str, int]:
-        """What is not a tensor."""
+        """The updates that were made."""
         return {"made": self.made}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -77,49 +73,37 @@ class DD2:
 
     def experience(self, batch: Prompts) -> Iterator[Iterator[Tokens]]:
         """``updates`` slices of a batch a pass, each with fresh noise; the teacher draws at first, once a batch."""
-        cond, rows = self.model.encode(batch.text), len(batch.text)
+        cond, rows, length = self.model.encode(batch.text), len(batch.text), self.model.latent_shape[0]
         first = self.teacher.draw(batch.text, self.generator) if self.made < self.init_updates else None
         for _ in range(self.passes):
             for part in torch.randperm(rows, generator=self.generator).tensor_split(self.updates):
                 own = take(cond, part)
                 if first is not None and self.made < self.init_updates:
-                    x, drawn = first[part], torch.zeros(len(part), first.shape[1], dtype=torch.bool)
+                    x, drawn = first[part], torch.zeros(len(part), length, dtype=torch.bool)
                 else:
-                    drawn = first_parts(len(part), self.model.latent_shape[0], self.policy.steps, self.generator)
-                    x = student_states(self.policy, own, drawn, self.generator)
-                made = tokens(self.policy, x, drawn.to(x.device), own, 1 + self.fake_updates, self.generator, None)
+                    drawn = tok.first_parts(len(part), length, self.policy.steps, self.generator)
+                    x = tok.student_states(self.policy, own, drawn, self.generator)
+                made = tok.tokens(self.policy, x, drawn.to(x.device), own, 1 + self.fake_updates, self.generator, None)
                 self.heard.clear()
                 parts = slices(torch.arange(len(part)), 1, self.minibatch, self.policy.processes)[0]
                 yield (made.rows(index) for index in parts)
 
     def loss(self, rows: Tokens) -> Loss:
         """Of the first stage, or CSD: a sum over rows of means over positions and dimensions."""
-        count = torch.tensor(float(len(rows.x)))
+        count, noisy = torch.tensor(float(len(rows.x))), rows.noised(rows.x, 0)
         if not bool(rows.drawn.any()):
-            t, noisy = rows.times[:, 0], noised(rows.x, rows.eps[:, 0], rows.times[:, 0])
-            apart = self.model.flow(rows.x, rows.drawn, noisy, t, rows.cond)[0] - self._taught(rows.x, noisy, rows)
+            apart = tok.believed(self.model, rows.x, noisy, rows, 0) - tok.taught(self.teacher, rows.x, noisy, rows, 0)
             total = apart.square().flatten(1).mean(1).sum()
             return Loss(total, count, {"init_error": total.detach() / count})
         said = torch.where(rows.drawn[..., None], self.model.says(rows.x, rows.drawn, rows.cond), rows.x)
         self.heard.append((rows, said.detach()))
         with torch.no_grad():
-            noisy = noised(said, rows.eps[:, 0], rows.times[:, 0])
-            real, fake = self._taught(snapped(said, self.model.codes), noisy, rows), self._faked(said, noisy, rows, 0)
-        step = direction(*(value.flatten(0, 1) for value in (said.detach(), real, fake)))
-        total = (moved(said.flatten(0, 1), step).view_as(rows.drawn) * rows.drawn).mean(1).sum()
+            noisy = rows.noised(said, 0)
+            real = tok.taught(self.teacher, tok.snapped(said, self.model.codes), noisy, rows, 0)
+            fake = tok.believed(self.fake.model, said, noisy, rows, 0)
+        step = direction(said.detach(), real, fake) * rows.drawn[..., None]
         metrics = {"disagreement": step.abs().mean(), "fake_error": torch.tensor(self.fake.error)}
-        return Loss(total, count, metrics)
-
-    @torch.no_grad()
-    def _taught(self, before: Tensor, noisy: Tensor, rows: Tokens) -> Tensor:
-        """(N, L, d) the teacher's posterior means after the codes ``before``."""
-        logits = self.teacher.denoiser(before, noisy.new_ones(len(noisy)), rows.cond).x0
-        return posterior_mean(noisy, rows.times[:, 0], logits.log_softmax(-1).to(noisy), self.model.codes.to(noisy))
-
-    def _faked(self, said: Tensor, noisy: Tensor, rows: Tokens, draw: int) -> Tensor:
-        """(N, L, d) the fake score's; no token it sees is noise."""
-        seen = torch.zeros_like(rows.drawn)
-        return self.fake.model.flow(said, seen, noisy, rows.times[:, draw], rows.cond)[0]  # type: ignore[no-any-return]
+        return Loss(moved(said, step).sum(), count, metrics)
 
     def after_step(self) -> None:
         """The fake score begins as what the first stage made, and then catches up with the student."""
@@ -133,22 +117,14 @@ class DD2:
 
     def _error(self, rows: Tokens, said: Tensor, draw: int) -> Tensor:
         """(N,) FCS."""
-        noisy = noised(said, rows.eps[:, draw], rows.times[:, draw])
-        return (self._faked(said, noisy, rows, draw) - said).square().flatten(1).mean(1)
+        apart = tok.believed(self.fake.model, said, rows.noised(said, draw), rows, draw) - said
+        return apart.square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
-class Settings(StudentSettings):
+class Settings(TokenDistillationSettings):
     """A one-step student of a model of image tokens, by the difference of two scores."""
 
-    student_steps: int = 1
-    """Moves of the student: it says all tokens, keeps the first part of them, and says the rest anew."""
-    inference_steps: int = 20
-    """Not used: the teacher has a move a token."""
-    prompts_per_step: int = 512
-    """Prompts of a step (on all processes together)."""
-    updates: int = 4
-    """Optimizer steps of one pass over a step's prompts."""
     learning_rate: float = 3e-4
     fake_learning_rate: float = 1e-3
     """Of the fake score."""
@@ -158,7 +134,7 @@ class Settings(StudentSettings):
     """Updates of the first stage, on samples of the teacher."""
 
     def check(self) -> None:
-        """As the settings of a student, and the ranges above."""
+        """As the shared settings, and the ranges above."""
         super().check()
         if not 0 < self.fake_learning_rate < 1 or self.fake_updates < 1 or self.init_updates < 0:
             raise ValueError(
@@ -168,10 +144,7 @@ class Settings(StudentSettings):
 
     def build(self, model: Distillable, reward: Reward, generator: torch.Generator) -> DD2:
         """The method on this model; the reward is not learnt from. Raises ValueError for a model without tokens."""
-        check_tokens(model, "dd2")
-        student = self.student(model, "ode")
-        length, own = model.latent_shape[0], solver(model.denoiser)
-        teacher = Policy(Before(model), own, length, self.guidance_scale, microbatch=self.sample_batch)
-        fake = FakeScore(copy.deepcopy(model), self.fake_learning_rate)
-        own_settings = (self.minibatch, self.updates, self.passes, self.fake_updates, self.init_updates)
-        return DD2(student, teacher, fake, generator, *own_settings)
+        tok.check_tokens(model, "dd2")
+        student, fake = self.student(model, "ode"), FakeScore(copy.deepcopy(model), self.fake_learning_rate)
+        own = (self.minibatch, self.updates, self.passes, self.fake_updates, self.init_updates)
+        return DD2(student, self.teacher(model), fake, generator, *own)

@@ -202,7 +202,8 @@ def chain_model(width: int = 128, length: int = 3, seed: int = 0) -> ImageTokens
         return {"label": torch.tensor([known.get(prompt, 0) for prompt in prompts])}
 
     def shown(tokens: Tensor) -> Tensor:
-        return (tokens.mT[:, :, None] + 1) / 2  # (B, 2, 1, L): a row of pixels with two channels
+        red, green = ((tokens.mT[:, :, None] + 1) / 2).split(1, dim=1)
+        return torch.cat([red, green, torch.zeros_like(red)], dim=1)  # (B, 3, 1, L): a row of pixels
 
     return ImageTokens(network, encode, shown)
 

@@ -51,6 +51,8 @@ class TokenGPT(nn.Module):
             max_position_embeddings=prefix + length,
             use_cache=False,
             attn_implementation="sdpa",
+            bos_token_id=None,
+            eos_token_id=None,
         )
         self.body = LlamaModel(llama)
         del self.body.embed_tokens

@@ -1,4 +1,4 @@
-"""Pictures as grids of tokens: finite scalar quantisation (Mentzer et al. 2023, 2309.15505) of an autoencoder's latents.
+"""Pictures as grids of tokens: finite scalar quantisation (2309.15505) of an autoencoder's latents.
 
 A code is a point of a fixed grid in R^d, so that there is no codebook to learn and none that could collapse.
 """
@@ -99,7 +99,7 @@ class Tokenizer(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """What ``save`` wrote, in float32."""
-        return load_module(cls, folder)
+        return load_module(cls, folder)  # type: ignore[no-any-return]
 
 
 def save_module(module: nn.Module, config: dict[str, Any], folder: Path) -> None:

@@ -30,8 +30,8 @@ class NextToken:
         place = decided(t, x.shape[1])
         if not bool((decided(s, x.shape[1]) == place + 1).all()):
             raise ValueError(
-                f"a move from t = {float(t[0]):g} to {float(s[0]):g} is not one of {x.shape[1]} tokens; a token model is "
-                f"drawn with in {x.shape[1]} moves"
+                f"a move from t = {float(t[0]):g} to {float(s[0]):g} is not one of {x.shape[1]} tokens; "
+                f"a token model is drawn with in {x.shape[1]} moves"
             )
         prediction = denoiser(x, t, cond)
         rows = torch.arange(len(x), device=x.device)

@@ -15,9 +15,10 @@ from tropism.schedules import RectifiedFlow
 def solver(denoiser: Denoiser, eta: float = 0.0) -> Kernel:
     """Hops of a consistency model (which draw noise whatever ``eta`` is), jumps of a flow map, tokens of a token model
     (drawn, whatever ``eta`` is) or parts of its student, Euler's method on a flow, else DDIM(eta)."""
-    if isinstance(denoiser, TokenDenoiser):
-        return NextToken(denoiser.codes)
-    if isinstance(denoiser, OnePass):
+    own = getattr(denoiser, "was", denoiser)  # of a teacher, the denoiser that it is without its training
+    if isinstance(own, TokenDenoiser):
+        return NextToken(own.codes)
+    if isinstance(own, OnePass):
         return NextPart()
     if isinstance(denoiser, ConsistencyDenoiser):
         return Consistency()
