@@ -11,7 +11,7 @@ from typing import Any
 from tropism.catalog.files import with_settings
 from tropism.config import BadInput, suggest
 
-DISTILS = re.compile(r"\w*(Distillation|Training)Settings")  # which their settings extend
+DISTILS = re.compile(r"\w*(Distillation|Training|Student)Settings")  # which their settings extend
 METHODS = Path(__file__).parents[1] / "methods"
 
 

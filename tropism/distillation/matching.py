@@ -119,8 +119,8 @@ class Asked:
     def rows(self, index: Tensor) -> Asked:
         """Those at index (n,)."""
         x0 = None if self.x0 is None else self.x0[index]
-        own = (value[index] for value in (self.x, self.t))
-        return Asked(*own, take(self.cond, index), self.times[index], self.eps[index], x0, self.info)
+        cond, times, eps = take(self.cond, index), self.times[index], self.eps[index]
+        return Asked(self.x[index], self.t[index], cond, times, eps, x0, self.info)
 
 
 @dataclass
