@@ -15,7 +15,7 @@ from tropism import catalog
 from tropism.cli import main
 
 DISTILLING = {"student_steps": "1", "updates": "2", "lr_schedule": "constant"}  # a cosine depends on how long a run is
-FLOW, HOPS = {"flow-grpo"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
+FLOW, HOPS = {"flow-grpo", "scm"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
 OWN_NETWORK = {"ctm", "mean-flow", "shortcut"}
 """Methods of a network that is told two times, as no model of the package is; their pages have one of one's own."""
 

@@ -134,8 +134,8 @@ class Settings(DistillationSettings):
     ) -> SCM:
         """The method on this model; the reward is not learnt from. Raises ValueError for a table of levels."""
         arc = Arc(model.denoiser.schedule, self.data_std)
-        derivable(model)
         student = self.student(model, "consistency")
+        derivable(student.model)
         source: Source = replace(self.chains(adjacent(), generator), between=True)
         if pictures is not None:
             times = Alone(Span(arc.schedule, self.data_std), self.level_mean, self.level_std)
