@@ -14,10 +14,10 @@ dx/da is: ``teacher``, the velocity of the guided model as it was (sCD); ``data`
 Departures from the paper:
 - any path in continuous time is taken as it is, where theirs trains TrigFlow first (SANA-Sprint, 2503.09641, section 3,
   converts flow models likewise); tables of levels are refused;
-- every angle weighs 1, where they learn a weight of the angle: scaled tangents are of one size nearly everywhere;
-- states may come from the teacher's chains, anywhere on their moves, so that no data are needed;
-- the rms of the tangent where the paper writes its norm: c does not depend on the number of dimensions;
-- nothing in the network changes; a time embedding that is too fast makes its derivative useless (docs/methods/scm.md).
+- every angle weighs 1, where they learn a weight; and the rms of a tangent stands where the paper has its norm;
+- states may come from the teacher's chains, anywhere on their moves, so that no data are needed.
+
+A time embedding that is too fast makes the derivative useless (docs/methods/scm.md).
 """
 
 from __future__ import annotations
