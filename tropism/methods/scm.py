@@ -95,11 +95,9 @@ class Settings(DistillationSettings):
     """Continuous-time consistency, from the teacher's velocities or from pictures alone."""
 
     direction: Literal["teacher", "data"] = "teacher"
-    """Along what the answer must not change: the guided teacher's velocity (sCD), or that of pictures and their noise
-    (sCT; no teacher, no guidance)."""
+    """Along what the answer must not change: the guided teacher's (sCD), or that of pictures and noise (sCT)."""
     data: Literal["chains", "pictures"] = "chains"
-    """Where states come from: the teacher's chains, or pictures with noise (a column image; those of scenes are drawn).
-    """
+    """Where states come from: the teacher's chains, or pictures with noise (a column image; scenes are drawn)."""
     warmup: int = 1000
     """Updates over which the student's own derivative enters its tangent; 0: at once."""
     tangent_c: float = 0.1
