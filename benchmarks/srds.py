@@ -2,7 +2,7 @@
 
 Chains of ``--moves`` guided moves of a model of scenes, from the same noise: in turn, and in parallel with 1, 2, ...
 iterations. A call asks the network about every state that is ready, twice each where there is guidance. Pictures are
-compared at 8 bits: the largest and the mean difference of a channel, the peak signal-to-noise ratio, and on how many the
+compared at 8 bits: the largest and mean difference of a channel, the peak signal-to-noise ratio, and on how many the
 verifier of scenes says the same. Seconds are those of one core, which gains nothing from asking about more at once.
 
     python benchmarks/srds.py --count 4 --moves 100 --iterations 1 2 3 4

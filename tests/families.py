@@ -33,7 +33,7 @@ class Row:
     steps: int = 4
     guidance: float | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
-    without: tuple[str, ...] = ("flow-grpo", *HOPS)  # methods that do not suit
+    without: tuple[str, ...] = ("flow-grpo", *HOPS, "scm")  # methods that do not suit
     peft: bool = False  # no loader of diffusers reads its LoRA
 
     def model(self, **options: Any) -> LatentPipeline:

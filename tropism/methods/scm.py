@@ -14,10 +14,10 @@ dx/da is: ``teacher``, the velocity of the guided model as it was (sCD); ``data`
 Departures from the paper:
 - any path in continuous time is taken as it is, where theirs trains TrigFlow first (SANA-Sprint, 2503.09641, section 3,
   converts flow models likewise); tables of levels are refused;
-- every angle weighs 1, where they learn a weight of the angle: scaled tangents are of one size nearly everywhere;
-- states may come from the teacher's chains, anywhere on their moves, so that no data are needed;
-- the rms of the tangent where the paper writes its norm: c does not depend on the number of dimensions;
-- nothing in the network changes; a time embedding that is too fast makes its derivative useless (docs/methods/scm.md).
+- every angle weighs 1, where they learn a weight; and the rms of a tangent stands where the paper has its norm;
+- states may come from the teacher's chains, anywhere on their moves, so that no data are needed.
+
+A time embedding that is too fast makes the derivative useless (docs/methods/scm.md).
 """
 
 from __future__ import annotations
@@ -95,11 +95,9 @@ class Settings(DistillationSettings):
     """Continuous-time consistency, from the teacher's velocities or from pictures alone."""
 
     direction: Literal["teacher", "data"] = "teacher"
-    """Along what the answer must not change: the guided teacher's velocity (sCD), or that of pictures and their noise
-    (sCT; no teacher, no guidance)."""
+    """Along what the answer must not change: the guided teacher's (sCD), or that of pictures and noise (sCT)."""
     data: Literal["chains", "pictures"] = "chains"
-    """Where states come from: the teacher's chains, or pictures with noise (a column image; those of scenes are drawn).
-    """
+    """Where states come from: the teacher's chains, or pictures with noise (a column image; scenes are drawn)."""
     warmup: int = 1000
     """Updates over which the student's own derivative enters its tangent; 0: at once."""
     tangent_c: float = 0.1
@@ -134,8 +132,8 @@ class Settings(DistillationSettings):
     ) -> SCM:
         """The method on this model; the reward is not learnt from. Raises ValueError for a table of levels."""
         arc = Arc(model.denoiser.schedule, self.data_std)
-        derivable(model)
         student = self.student(model, "consistency")
+        derivable(student.model)
         source: Source = replace(self.chains(adjacent(), generator), between=True)
         if pictures is not None:
             times = Alone(Span(arc.schedule, self.data_std), self.level_mean, self.level_std)

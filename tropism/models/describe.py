@@ -20,7 +20,7 @@ OWN = (
     "classifier-free",
     "any",
     "PEFT",
-    "all; flow-grpo on a flow",
+    "all; flow-grpo and scm on a flow",
 )
 OPTIONS = ("prediction_type", "timestep_spacing", "shift", "use_dynamic_shifting")  # of a scheduler, worth a line
 

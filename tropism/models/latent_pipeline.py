@@ -33,7 +33,7 @@ class About(NamedTuple):
 
 CONSISTENCY = ("LCMScheduler", "FlowMatchLCMScheduler")
 FEW_STEPS = 4  # of a consistency model, as diffusers' LCM pipeline
-ALL, NO_FLOW = "all but lasro, rlcm", "all but flow-grpo, lasro, rlcm"
+ALL, NO_FLOW = "all but lasro, rlcm", "all but flow-grpo, lasro, rlcm, scm"
 
 
 def is_consistency(pipe: Any) -> bool:
