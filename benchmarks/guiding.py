@@ -17,9 +17,9 @@ from torch.nn.functional import conv2d
 from tropism import catalog
 from tropism.adaptive import Walk
 from tropism.base import Denoiser, take
+from tropism.counting import Counted
 from tropism.data.prompts import PromptSet
 from tropism.evaluate import first_images, interval, paired_gain
-from tropism.counting import Counted
 from tropism.guidance import ROW, Guided
 from tropism.randomness import normal, row_generators, row_seeds
 from tropism.samplers import solver, walk

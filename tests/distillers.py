@@ -111,14 +111,10 @@ ONE: dict[str, Any] = SIZES | dict(updates=1, passes=10)
 SHORT: dict[str, Any] = dict(target_decay=0.9, longest=4, student_steps=2, bootstrap=0.5)
 DATA: dict[str, Any] = dict(prompts_per_step=8, images_per_prompt=16, updates=1, passes=10, total_updates=300)
 FEW = dict(first_pairs=5, last_pairs=20)
-<<<<<<< HEAD
-SCM: dict[str, Any] = dict(data="pictures", data_std=1.1, warmup=100)
+SCM: dict[str, Any] = SIZES | dict(data="pictures", data_std=1.1, warmup=100)
 TOLD: dict[str, Any] = dict(told=(1.0, 5.0))
 SOUND: dict[str, Any] = TOLD | dict(solver="first-order", target_decay=0.95, denoiser_weight=0.1)
 HIDDEN = ["layers.0", "layers.1", "layers.2"]
-=======
-SCM: dict[str, Any] = SIZES | dict(data="pictures", data_std=1.1, warmup=100)
->>>>>>> h-scm
 ADVERSARY: dict[str, Any] = dict(eta=0.5, adversarial_weight=0.4)
 # Guided scores are not those of one law with noise, so that only an unguided teacher's samples are matched.
 MATCH: dict[str, Any] = SIZES | dict(updates=1, passes=20, guidance_scale=1.0)

@@ -15,17 +15,11 @@ from tropism import catalog
 from tropism.cli import main
 
 DISTILLING = {"student_steps": "1", "updates": "2", "lr_schedule": "constant"}  # a cosine depends on how long a run is
-<<<<<<< HEAD
-FLOW, HOPS = {"flow-grpo"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
+FLOW, HOPS = {"flow-grpo", "scm"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
 WITH_MEAN, CLIPS = {"comospeech"}, {"animate-lcm"}  # methods of models whose noise has a mean (melodies), and of clips
 TOKENS = {"dd1", "dd2"}  # methods of models that draw tokens
 OWN_NETWORK = {"ctm", "mean-flow", "shortcut", "sound-ctm"} | WITH_MEAN | CLIPS | TOKENS
 """Those, and methods of a network that is told two times, as no pipeline is; their pages have one of one's own."""
-=======
-FLOW, HOPS = {"flow-grpo", "scm"}, {"lasro", "pso", "rlcm"}  # methods of a flow, and of a consistency model
-OWN_NETWORK = {"ctm", "mean-flow", "shortcut"}
-"""Methods of a network that is told two times, as no model of the package is; their pages have one of one's own."""
->>>>>>> h-scm
 
 REWARDS = """\
 calls = 0
