@@ -225,8 +225,7 @@ def overhead(bench: Bench) -> None:
         wall = time.process_time() - began
         shares.append(1 - timed.seconds / wall)
         print(
-            f"{wall:.2f} s of the processor, of which {wall - timed.seconds:.3f} s ({shares[-1]:.2%}) outside network and "
-            "reward"
+            f"{wall:.2f} s of the processor, {wall - timed.seconds:.3f} s ({shares[-1]:.2%}) outside network and reward"
         )
 
 

@@ -63,7 +63,7 @@ class AnimateDiff(StableDiffusion):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, F, h, w) -> film strips (B, 3, H, F * W) in [0, 1], float32; keeps the graph."""
         count, _, frames = latents.shape[:3]
-        pictures = super().decode(latents.transpose(1, 2).flatten(0, 1))
+        pictures: Tensor = super().decode(latents.transpose(1, 2).flatten(0, 1))
         return pictures.unflatten(0, (count, frames)).permute(0, 2, 3, 1, 4).flatten(3)
 
     @torch.no_grad()
@@ -77,7 +77,8 @@ class AnimateDiff(StableDiffusion):
                 f"{width}; wanted ({height}, {frames * width}), the frames side by side"
             )
         pictures = images.unflatten(3, (frames, width)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        return self._encoded(self._vae_latents(pictures)).unflatten(0, (len(images), frames)).transpose(1, 2)
+        latents: Tensor = self._encoded(self._vae_latents(pictures)).unflatten(0, (len(images), frames))
+        return latents.transpose(1, 2)
 
     # What is trained.
 

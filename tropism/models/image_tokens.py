@@ -102,7 +102,7 @@ class ImageTokens(OwnModel):
             raise ValueError(f"steps is {steps}; wanted at most {length}, one for each token")
         return torch.linspace(1, 0, steps + 1)
 
-    def few_step(self, hops: Hops, steps: int) -> Self:
+    def few_step(self, hops: Hops, steps: int, guidance: float | None = None) -> Self:
         """A student that says all tokens at once, keeps the first 1 / steps of them, and says the rest anew.
 
         Raises ValueError for other hops than "ode": nothing else is without chance.
@@ -111,7 +111,7 @@ class ImageTokens(OwnModel):
             raise ValueError(
                 f"a model of image tokens has no {hops} hops: it is distilled by dd1 or dd2, which say tokens at once"
             )
-        return super().few_step(hops, steps)
+        return super().few_step(hops, steps, guidance)
 
     def _few_step_view(self, hops: Hops, steps: int) -> Self:
         view = copy.copy(self)

@@ -82,7 +82,8 @@ class Motion(Full):
         folder.mkdir(parents=True, exist_ok=True)
         if self._spatial is not None:
             self._spatial.save(folder)
-        adapter = MotionAdapter.from_config(self._pipe.motion_adapter.config)
+        kind: Any = MotionAdapter
+        adapter = kind.from_config(self._pipe.motion_adapter.config)
         adapter.load_state_dict({name: value.detach().cpu() for name, value in self._named.items()}, strict=False)
         final = folder / FOLDER
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:

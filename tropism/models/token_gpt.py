@@ -37,7 +37,7 @@ class TokenGPT(nn.Module):
         self.config = dict(words=words, prefix=prefix, length=length, levels=list(levels), width=width, layers=layers)
         self.length, self.prefix, dimension = length, prefix, len(levels)
         self.register_buffer("codes", fsq_codes(levels), persistent=False)
-        count = self.codes.shape[0]  # type: ignore[operator,union-attr,index]
+        count = len(fsq_codes(levels))
         self.words = nn.Embedding(words, width)
         self.enter = nn.Sequential(nn.Linear(dimension, width), nn.SiLU(), nn.Linear(width, width))
         self.noisy = nn.Parameter(torch.zeros(width))  # added where a token before is noise
@@ -50,7 +50,6 @@ class TokenGPT(nn.Module):
             num_attention_heads=width // 32,
             max_position_embeddings=prefix + length,
             use_cache=False,
-            attn_implementation="sdpa",
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -136,7 +135,8 @@ class Pictures:
         """(B, L, d) -> (B, 3, H, W) in [0, 1], before clamping."""
         first = next(self.vae.parameters())
         latents = self.tokenizer.decode(tokens.float().to(first.device))
-        return self.vae.decode(latents.to(first.dtype), return_dict=False)[0].float() * 0.5 + 0.5  # type: ignore[operator]
+        shown: Tensor = self.vae.decode(latents.to(first.dtype), return_dict=False)[0]  # type: ignore[operator]
+        return shown.float() * 0.5 + 0.5
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> codes (B, L, d)."""
@@ -159,7 +159,8 @@ def load_tokens(folder: Path, dtype: torch.dtype = torch.float32) -> ImageTokens
         raise ValueError(f"there is no tokens.json in {folder}; wanted the folder of a model of image tokens")
     told = json.loads(file.read_text(encoding="utf-8"))
     network = TokenGPT.load(folder / "network").to(dtype)
-    vae = AutoencoderTiny.from_pretrained(folder / told["vae"], use_safetensors=True)
+    kind: Any = AutoencoderTiny
+    vae = kind.from_pretrained(folder / told["vae"], use_safetensors=True)
     shown = Pictures(Tokenizer.load(folder / "tokenizer"), vae)
     return ImageTokens(
         network,

@@ -83,7 +83,9 @@ class ToyClips:
         before = bool(self._now["reference"])
         rows = x.flatten(0, 1)
         embeds = cond["prompt_embeds"].to(x).flatten(1).repeat_interleave(FRAMES, 0)
-        hidden = torch.cat([rows, _waves(number.repeat_interleave(FRAMES), rows), embeds], dim=1)
+        hidden = torch.cat(
+            [rows, _waves(number.repeat_interleave(FRAMES), rows, self.image.net.octaves), embeds], dim=1
+        )
         for place in range(len(self._base.layers)):
             if place:
                 hidden = nn.functional.silu((self._was if before else self.mixers)[place - 1](hidden))
