@@ -7,18 +7,32 @@ Hinge as in 1705.02894: the discriminator falls along relu(1 - D(real)) + relu(1
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tropism.base import Cond
 from tropism.checkpoint import load_optimizer, optimizer_state, under
-from tropism.distillation.pairs import Pairs
+from tropism.policy import Policy
 from tropism.train import update
 
-if TYPE_CHECKING:
-    from tropism.distillation.recipe import Distillation
+
+class Student(Protocol):
+    """A method with a student."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+
+class Shown(Protocol):
+    """Rows with a real sample of each prompt."""
+
+    @property
+    def x0(self) -> Tensor | None: ...
+
+    @property
+    def cond(self) -> Cond: ...
 
 
 class Discriminator(nn.Module):
@@ -67,7 +81,7 @@ class Adversarial:
         self.parameters = list(discriminator.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.0, 0.99))
 
-    def __call__(self, recipe: Distillation, pairs: Pairs, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, recipe: Student, pairs: Shown, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds to the discriminator's gradient, and returns the student's loss, which leaves it alone."""
         assert pairs.x0 is not None
         real, fake = (self.discriminator(x.to(self.dtype), pairs.cond) for x in (pairs.x0, said.detach()))
@@ -80,7 +94,7 @@ class Adversarial:
         metrics = {"discriminator_loss": apart.detach().mean(), "discriminator_gap": (real - fake).detach().mean()}
         return -self.weight * fooled.sum(), metrics
 
-    def after_step(self, recipe: Distillation) -> None:
+    def after_step(self, recipe: Student) -> None:
         """The discriminator's step, by the rows of all processes."""
         rows = torch.tensor(float(self.rows), dtype=torch.float64)
         processes = recipe.policy.processes

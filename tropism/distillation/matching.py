@@ -231,7 +231,8 @@ class Matching:
 
 
 def _split(policy: Policy, rows: int) -> Sequence[Tensor]:
-    return torch.arange(rows).split(policy.microbatch)
+    parts: Sequence[Tensor] = torch.arange(rows).split(policy.microbatch)
+    return parts
 
 
 def _after(
