@@ -18,6 +18,23 @@ from tropism.policy import Policy
 from tropism.train import update
 
 
+class Student(Protocol):
+    """A method with a student."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+
+class Shown(Protocol):
+    """Rows with a real sample of each prompt."""
+
+    @property
+    def x0(self) -> Tensor | None: ...
+
+    @property
+    def cond(self) -> Cond: ...
+
+
 class Discriminator(nn.Module):
     """Latents (N, ...) and cond -> (N,): two layers of width ``width`` over points, four convolutions over maps.
 
@@ -55,23 +72,6 @@ def _vectors(cond: Cond) -> list[Tensor]:
     return [value.flatten(1, -2).mean(1) if value.ndim > 2 else value for value in values]
 
 
-class Known(Protocol):
-    """Rows of a minibatch of which a sample of the teacher, or of data, is known."""
-
-    @property
-    def x0(self) -> Tensor | None: ...
-
-    @property
-    def cond(self) -> Cond: ...
-
-
-class Holder(Protocol):
-    """The method that a term belongs to."""
-
-    @property
-    def policy(self) -> Policy: ...
-
-
 class Adversarial:
     """A ``Term``. Pairs must know ``x0``, a sample of the teacher; what is said must be clean (``end`` 0)."""
 
@@ -81,7 +81,7 @@ class Adversarial:
         self.parameters = list(discriminator.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=(0.0, 0.99))
 
-    def __call__(self, recipe: Holder, pairs: Known, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, recipe: Student, pairs: Shown, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds to the discriminator's gradient, and returns the student's loss, which leaves it alone."""
         assert pairs.x0 is not None
         real, fake = (self.discriminator(x.to(self.dtype), pairs.cond) for x in (pairs.x0, said.detach()))
@@ -94,7 +94,7 @@ class Adversarial:
         metrics = {"discriminator_loss": apart.detach().mean(), "discriminator_gap": (real - fake).detach().mean()}
         return -self.weight * fooled.sum(), metrics
 
-    def after_step(self, recipe: Holder) -> None:
+    def after_step(self, recipe: Student) -> None:
         """The discriminator's step, by the rows of all processes."""
         rows = torch.tensor(float(self.rows), dtype=torch.float64)
         processes = recipe.policy.processes

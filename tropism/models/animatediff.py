@@ -63,8 +63,8 @@ class AnimateDiff(StableDiffusion):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, F, h, w) -> film strips (B, 3, H, F * W) in [0, 1], float32; keeps the graph."""
         count, _, frames = latents.shape[:3]
-        pictures: Tensor = super().decode(latents.transpose(1, 2).flatten(0, 1))
-        return pictures.unflatten(0, (count, frames)).permute(0, 2, 3, 1, 4).flatten(3)
+        pictures: Tensor = super().decode(latents.transpose(1, 2).flatten(0, 1)).unflatten(0, (count, frames))
+        return pictures.permute(0, 2, 3, 1, 4).flatten(3)
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
