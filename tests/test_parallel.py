@@ -195,6 +195,6 @@ def test_impossible_arguments_are_refused() -> None:
     denoiser, x = mixture(RectifiedFlow()), start()
     for wrong in (dict(blocks=0), dict(blocks=10), dict(max_iterations=0), dict(tolerance=-1.0), dict(microbatch=0)):
         with pytest.raises(ValueError, match="wanted 1 to 9 blocks, at least 1 iteration, at least 0, and at least 1"):
-            refine(EulerODE(), denoiser, x, times(9), {}, **wrong)  # type: ignore[arg-type]
+            refine(EulerODE(), denoiser, x, times(9), {}, **wrong)
     with pytest.raises(ValueError, match="strictly decreasing"):
         refine(EulerODE(), denoiser, x, times(9).flip(0), {})

@@ -39,7 +39,8 @@ class Arc:
 
     def angle(self, t: Tensor) -> Tensor:
         """(N,) -> (N,), 0 at clean samples to pi / 2 at pure noise."""
-        return torch.atan2(self.schedule.sigma(t) / self.data_std, self.schedule.alpha(t))
+        sigma, alpha = self.schedule.sigma(t).double(), self.schedule.alpha(t).double()
+        return torch.atan2(sigma / self.data_std, alpha).to(t)
 
     def turn(self, t: Tensor) -> Tensor:
         """(N,) the angle's derivative in t."""
@@ -47,12 +48,17 @@ class Arc:
 
     def size(self, t: Tensor) -> Tensor:
         """(N,) n: a state of the path is so many times that of the arc."""
-        return torch.hypot(self.schedule.alpha(t), self.schedule.sigma(t) / self.data_std)
+        return torch.hypot(self.schedule.alpha(t).double(), self.schedule.sigma(t).double() / self.data_std).to(t)
 
     def velocity(self, said: Prediction, t: Tensor) -> Tensor:
         """(N, ...) by which the state of the arc moves a radian, as both halves (N, ...) of what is believed say."""
-        angle = self.angle(t)
-        return bcast(angle.cos() * self.data_std, said.eps) * said.eps - bcast(angle.sin(), said.x0) * said.x0
+        cos, sin = cos_sin(self.angle(t))
+        return bcast(cos * self.data_std, said.eps) * said.eps - bcast(sin, said.x0) * said.x0
+
+
+def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) each, by way of float64: in float32 they depend on a row's place in the batch."""
+    return angle.double().cos().to(angle), angle.double().sin().to(angle)
 
 
 def tangent(
@@ -73,9 +79,10 @@ def tangent(
     left out and following the tangent is learning the velocity. The derivative is taken along cos(a) sin(a) times the
     direction, which stays small where its own is not.
     """
-    short = angle.cos() * angle.sin()
+    cos, sin = cos_sin(angle)
+    short = cos * sin
     said, rate = along(velocity, (x, t), (bcast(short, x) * to, short / turn))
-    return said, -bcast(angle.cos() ** 2, x) * (said - to) - share * (bcast(short, x) * x + rate)
+    return said, -bcast(cos**2, x) * (said - to) - share * (bcast(short, x) * x + rate)
 
 
 def scaled(tangents: Tensor, c: float) -> Tensor:
