@@ -137,7 +137,7 @@ def test_adaptive_guidance_saves_calls() -> None:
     always, few = steer_policy(policy, as_reward(bright), prompts, [Adaptive(threshold=-1.0)], seeds)
     assert all_.calls == same.calls == 12 and torch.equal(full.latents, never.latents)
     assert few.calls == 2 + 5 and not torch.equal(full.latents, always.latents)
-    linear, half = steer_policy(policy, as_reward(bright), prompts, [LinearAG(threshold=1.0, fitted_on=4)], seeds)
+    linear, half = steer_policy(policy, as_reward(bright), prompts, [LinearAG([0, 2, 4], fitted_on=4)], seeds)
     assert half.calls == 6 + 3 + 4 * 12 / 2
     gap = float((linear.latents - full.latents).square().mean())
     unguided, _ = steer_policy(policy.with_(guidance=1.0), as_reward(bright), prompts, [], seeds)
@@ -170,7 +170,7 @@ def test_safe_draws_away_from_pictures(tmp_path: Path, monkeypatch: pytest.Monke
         (["dps", "--limit", "0"], "limit is 0.0; wanted above 0, or none"),
         (["safe"], "avoid is not given, without pictures; wanted a folder"),
         (["safe", "--avoid", "nowhere"], "avoid is nowhere, without pictures"),
-        (["linear-ag", "--asked-every", "0"], "asked_every is 0"),
+        (["linear-ag", "--asked", "1", "2"], "asked is 1 2; wanted moves from 0 on"),
     ],
 )
 def test_bad_settings_are_one_sentence(

@@ -6,7 +6,7 @@ section 5. The coefficients are fitted before the drawing, on ``fitted_on`` chai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,24 +21,21 @@ from tropism.steering.task import Task
 
 @dataclass(frozen=True)
 class Settings(SteererSettings):
-    """Guidance half of which is foretold."""
+    """Guidance most of whose unguided half is foretold."""
 
-    threshold: float = 0.99
-    """Cosine of what is believed with and without the prompt, from which on a sample is asked with it alone."""
-    asked_every: int = 2
-    """Moves of which one is really asked without the prompt."""
+    asked: list[int] = field(default_factory=lambda: [0, 1, 2, 4])
+    """Moves at which it is really asked without the prompt, 0 among them; at all others the answer is foretold."""
     fitted_on: int = 64
     """Fully guided chains that the coefficients are fitted on; they are drawn once, and counted."""
 
     def check(self) -> None:
         """As every steerer's, and the ranges above."""
         super().check()
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}; wanted a cosine from -1 to 1, such as 0.99")
-        if self.asked_every < 1 or self.fitted_on < 1:
-            raise ValueError(
-                f"asked_every is {self.asked_every} and fitted_on {self.fitted_on}; wanted at least 1 of each"
-            )
+        if 0 not in self.asked or min(self.asked) < 0:
+            said = " ".join(map(str, self.asked)) or "empty"
+            raise ValueError(f"asked is {said}; wanted moves from 0 on, 0 among them, such as 0 1 2 4")
+        if self.fitted_on < 1:
+            raise ValueError(f"fitted_on is {self.fitted_on}; wanted at least 1 chain")
 
     @torch.no_grad()
     def guide(self, task: Task) -> Task:
@@ -48,9 +45,9 @@ class Settings(SteererSettings):
         scale = policy.model.guidance_scale if policy.guidance is None else policy.guidance
         if callable(scale):
             raise ValueError("guidance changes along the chain, and LinearAG is fitted for one scale; give a number")
-        asked = [move % self.asked_every == 0 for move in range(policy.steps)]
+        asked = [move in self.asked for move in range(policy.steps)]
         linear = fit_linear(self._chains(task, policy), policy.ts, float(scale), asked)
-        return replace(task, policy=policy.with_(walker=adaptive(self.threshold, linear)))
+        return replace(task, policy=policy.with_(walker=adaptive(linear=linear)))
 
     def _chains(self, task: Task, policy: Policy) -> list[Memory]:
         """What chains of the task's prompts remember, by micro-batches, from noise of their own."""

@@ -32,11 +32,15 @@ class Settings(SteererSettings):
     """Odds of a state that is just one of those to avoid with noise, where there is nothing to compare with."""
     prior: float = 0.5
     """Share of what is drawn that would be like those to avoid, where there is something to compare with."""
-    bandwidth: float = 0.3
+    bandwidth: float = 0.2
     """How far around each picture's latent its likes are thought to lie."""
     most: float = 5.0
     """Most that these odds are taken for."""
-    times: tuple[float, float] = (0.3, 1.0)
+    least: float = 0.0
+    """Where the odds are less, nothing is done."""
+    reach: float | None = None
+    """Nothing is done where the belief is further from those pictures (root mean square); none: always."""
+    times: tuple[float, float] = (0.0, 1.0)
     """Times (1 is noise, 0 is clean) between which is guided."""
 
     def check(self) -> None:
@@ -45,11 +49,13 @@ class Settings(SteererSettings):
         low, high = self.times
         if not 0 <= low < high <= 1:
             raise ValueError(f"times is {low} {high}; wanted two times from 0 to 1, the smaller first")
-        if not self.strength > 0 or not self.bandwidth >= 0 or not self.most > 0:
+        if not self.strength > 0 or not self.bandwidth >= 0 or not self.most > 0 or not self.least >= 0:
             raise ValueError(
-                f"strength is {self.strength}, bandwidth {self.bandwidth} and most {self.most}; wanted above 0, 0 or "
-                "more, and above 0"
+                f"strength is {self.strength}, bandwidth {self.bandwidth}, most {self.most} and least {self.least}; "
+                "wanted above 0, 0 or more, above 0, and 0 or more"
             )
+        if self.reach is not None and not self.reach > 0:
+            raise ValueError(f"reach is {self.reach}; wanted above 0, or none")
         if not 0 < self.prior < 1:
             raise ValueError(f"prior is {self.prior}; wanted a share between 0 and 1")
         for name, folder in {"avoid": self.avoid, **({"keep": self.keep} if self.keep else {})}.items():
@@ -66,7 +72,7 @@ class Settings(SteererSettings):
         if safe is None:
             odds = Typical(odds)
         low, high = self.times
-        return task.guided(lambda inner: Safe(inner, odds, cap=self.most, low=low, high=high))
+        return task.guided(lambda inner: Safe(inner, odds, self.most, self.least, low, high, self.reach))
 
 
 @dataclass(frozen=True, eq=False)
