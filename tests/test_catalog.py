@@ -48,7 +48,7 @@ def test_reward_specs(text: str, spec: RewardSpec) -> None:
         ("brightness:x", "wanted brightness alone"),
         ("hpsv2", "wanted hpsv2:FOLDER"),
         ("remote", "wanted remote:http://127.0.0.1:8000"),
-        ("nothing", "wanted one of brightness"),
+        ("xyz", "wanted one of brightness"),
         (":f", "there is no reward"),
         ("f:", "there is no reward"),
     ],

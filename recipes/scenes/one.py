@@ -1,4 +1,4 @@
-"""Make a model of one and two moves of the flow pipeline: match its law, beginning with the weights of scenes-lcm.
+"""Make scenes-dmd, of one and two moves: match the law of the flow pipeline, beginning with the weights of scenes-lcm.
 
 python recipes/scenes/one.py --out ~/scenes-weights/one
 

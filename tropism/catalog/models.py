@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from tropism.models.trainable import Trainable
 
 WEIGHTS = Path(__file__).parents[1] / "worlds" / "scenes" / "weights"
-SHIPPED: Mapping[str, str] = {"scenes": "flow", "scenes-sd": "sd", "scenes-flow": "flow", "scenes-lcm": "lcm"}
+SHIPPED: Mapping[str, str] = {
+    "scenes": "flow",
+    "scenes-sd": "sd",
+    "scenes-flow": "flow",
+    "scenes-lcm": "lcm",
+    "scenes-dmd": "dmd",
+}
 MELODIES = Path(__file__).parents[1] / "worlds" / "melodies" / "weights" / "melodies.safetensors"
 BUILT: Mapping[str, str] = {"melodies": "tropism.catalog.models:melodies"}  # names of functions
 
