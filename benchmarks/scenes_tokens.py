@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tropism.commands import with_adapter
+from tropism.models.image_tokens import ImageTokens
 from tropism.models.token_gpt import load_tokens
 from tropism.policy import Policy
 from tropism.samplers import solver
@@ -43,6 +44,16 @@ def row(name: str, draw: Callable[[list[str]], Tensor], texts: list[str], calls:
     return images
 
 
+def decoding(model: ImageTokens, batch: int) -> float:
+    """Seconds a picture from tokens to pixels, which every row includes."""
+    tokens = model.codes[torch.randint(len(model.codes), (batch, model.steps))]
+    model.decode(tokens)
+    start = time.perf_counter()
+    for _ in range(4):
+        model.decode(tokens)
+    return (time.perf_counter() - start) / 4 / batch
+
+
 @torch.no_grad()
 def main() -> None:
     """Draws, judges, prints."""
@@ -58,7 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, generator = load_tokens(options.model.expanduser()), torch.Generator().manual_seed(options.seed)
-    texts, shown = captions(options.count, options.seed, "held_out"), []
+    texts, shown = captions(options.count, options.seed, "held_out"), list[Tensor]()
+    print(f"batches of {options.batch}, one thread; decoding alone {decoding(model, options.batch):.4f} s", flush=True)
 
     for scale in options.guidance:
 

@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--levels", type=int, nargs="+", default=[5, 5, 5, 5])
     parser.add_argument("--width", type=int, default=128, help="of the network")
     parser.add_argument("--layers", type=int, default=4, help="of the network")
+    parser.add_argument("--average", type=float, default=0.99, help="decay of the network's average")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -109,9 +110,8 @@ def train_network(args: argparse.Namespace) -> None:
     tokens = indices(tokenizer, data["latents"])
     texts = build_tokenizer().batch_decode(data["ids"].long(), skip_special_tokens=True)
     network = TokenGPT(len(known) + 1, levels=tokenizer.levels, width=args.width, layers=args.layers)
-    network.body.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bfloat16 on a CPU
     told = Words(known, network.prefix)(texts)["words"]
-    folder, stepper = args.out / "training-network", Stepper(network, args.lr, args.steps)
+    folder, stepper = args.out / "training-network", Stepper(network, args.lr, args.steps, args.average)
     first, master, log = stepper.load(folder), Master(network), Log(folder)
     order, running = minibatches(len(tokens), args.batch, np.random.default_rng(args.seed)), 6.0
     for step in range(first, args.steps):

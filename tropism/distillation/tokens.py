@@ -108,7 +108,7 @@ def _cached(teacher: Policy, cond: Cond, choose: Callable[[int, Tensor], Tensor]
     scale = teacher.model.guidance_scale if teacher.guidance is None else teacher.guidance
     if each is None or callable(scale):
         return None
-    with teacher.model.reference():  # type: ignore[attr-defined]
+    with teacher.model.reference():
         return each(cond, scale, choose)  # type: ignore[no-any-return]
 
 

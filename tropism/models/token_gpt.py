@@ -52,6 +52,7 @@ class TokenGPT(nn.Module):
             use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
+            attn_implementation="eager",  # torch's fused attention is slow backwards in bfloat16 on a CPU
         )
         self.body = LlamaModel(llama)
         del self.body.embed_tokens
