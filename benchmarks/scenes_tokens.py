@@ -3,7 +3,7 @@
     python benchmarks/scenes_tokens.py --model ~/scenes-tokens --students runs/dd1 runs/dd2 --count 96 --sheet sheet.png
 
 The teacher is drawn with twice: token by token with cached keys and values, and as the chain of ``samplers.NextToken``,
-which asks the whole network for every token. Captions are held out, each kind equally likely. The sheet has one row a
+which asks the whole network for every token. Captions are held out. The sheet has one row a
 way of drawing.
 """
 

@@ -52,9 +52,9 @@ class TokenGPT(nn.Module):
             use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="eager",  # torch's fused attention is slow backwards in bfloat16 on a CPU
         )
         self.body = LlamaModel(llama)
+        self.body.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bfloat16 on a CPU
         del self.body.embed_tokens
         self.head = nn.Linear(width, count)
         self.told = nn.Linear(16, width)
