@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
+from tropism.distillation import Before
+from tropism.distillation.tokens import mapped, samples
 from tropism.models.image_tokens import ImageTokens
 from tropism.models.token_gpt import TokenGPT, Words, load_tokens
 from tropism.models.tokenizer import Tokenizer, fsq, fsq_codes
@@ -83,6 +85,25 @@ def test_the_chain_draws_the_same_tokens():
 
     *_, last = policy.chain(torch.zeros(3, 6, 2), cond, rows())
     assert torch.equal(last.x_next, net.draw(cond, null, 2.0, rows()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_cache_changes_neither_pairs_nor_samples(scale, monkeypatch):
+    """What a distillation asks of its teacher: the flow's codes, and draws, are those of the whole network."""
+    model = ImageTokens(network(), lambda prompts: told(len(prompts)), lambda tokens: tokens, guidance_scale=scale)
+    model.null = lambda: {"words": torch.zeros(1, 4, dtype=torch.int64)}
+    model.train_full()
+    teacher, cond = Policy(Before(model), solver(model.denoiser), 6, microbatch=2), model.encode(["a", "b", "c"])
+    noise = teacher.noise(3, torch.Generator().manual_seed(1))
+    cached = mapped(teacher, noise, cond, model.codes, 8)
+    drawn = samples(teacher, ["a", "b", "c"], torch.Generator().manual_seed(2))
+    assert drawn.shape == (3, 6, 2) and torch.isin(drawn, model.codes).all()
+    for parameter in model.parameters():
+        parameter.add_(0.1)
+    assert torch.equal(mapped(teacher, noise, cond, model.codes, 8), cached)
+    monkeypatch.setattr(ImageTokens, "one_by_one", lambda *arguments: None)
+    assert torch.equal(mapped(teacher, noise, cond, model.codes, 8), cached)
 
 
 @torch.no_grad()

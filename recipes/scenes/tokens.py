@@ -5,10 +5,11 @@ transformer over its tokens.
     python recipes/scenes/tokens.py tokenizer --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
     python recipes/scenes/tokens.py network --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
     python recipes/scenes/tokens.py check --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
+    python recipes/scenes/tokens.py nats --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
 
 FLOW is the folder of scenes-flow (``tropism.catalog.WEIGHTS / "flow"``). Both trainings go on from what was saved;
 check says what the tokenizer loses: PSNR, and the share of held-out captions that the verifier passes on pictures that
-went through it.
+went through it. nats sets the network's cross-entropy on held-out pictures beside entropies of the tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from fit import Master, Stepper
 from safetensors.torch import load_file
 from text import build_tokenizer
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from tropism.catalog import WEIGHTS
-from tropism.models.token_gpt import Pictures, TokenGPT, Words
+from tropism.models.token_gpt import Pictures, TokenGPT, Words, load_tokens
 from tropism.models.tokenizer import Tokenizer, psnr
 from tropism.worlds.scenes import parse, verify_batch, words
 
@@ -36,13 +38,16 @@ SAVE_EVERY = 250
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["tokenizer", "network", "check"])
+    parser.add_argument("part", choices=["tokenizer", "network", "check", "nats"])
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--levels", type=int, nargs="+", default=[5, 5, 5, 5])
+    parser.add_argument("--width", type=int, default=128, help="of the network")
+    parser.add_argument("--layers", type=int, default=4, help="of the network")
+    parser.add_argument("--average", type=float, default=0.99, help="decay of the network's average")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -104,9 +109,9 @@ def train_network(args: argparse.Namespace) -> None:
     tokenizer, data, known = Tokenizer.load(args.out / "tokenizer"), load_file(args.latents), words()
     tokens = indices(tokenizer, data["latents"])
     texts = build_tokenizer().batch_decode(data["ids"].long(), skip_special_tokens=True)
-    network = TokenGPT(len(known) + 1, levels=tokenizer.levels)
+    network = TokenGPT(len(known) + 1, levels=tokenizer.levels, width=args.width, layers=args.layers)
     told = Words(known, network.prefix)(texts)["words"]
-    folder, stepper = args.out / "training-network", Stepper(network, args.lr, args.steps)
+    folder, stepper = args.out / "training-network", Stepper(network, args.lr, args.steps, args.average)
     first, master, log = stepper.load(folder), Master(network), Log(folder)
     order, running = minibatches(len(tokens), args.batch, np.random.default_rng(args.seed)), 6.0
     for step in range(first, args.steps):
@@ -148,9 +153,40 @@ def check(args: argparse.Namespace) -> None:
     print(f"{len(used)} of {len(both.tokenizer.codes)} codes are used")
 
 
+def entropies(tokens: Tensor, count: int) -> tuple[float, float, float]:
+    """Nats a token of (N, L) tokens: over all positions alike, position by position, and after the one before."""
+    table = torch.zeros(count, count)
+    before, after = tokens[:, :-1].flatten().long(), tokens[:, 1:].flatten().long()
+    table.index_put_((before, after), torch.ones(len(before)), accumulate=True)
+    places = torch.stack([torch.bincount(column.long(), minlength=count) for column in tokens.T]).float()
+    alike, place = (Categorical(probs=p).entropy().mean() for p in (places.sum(0), places))
+    rows = table.sum(1)
+    later = Categorical(probs=table + 1e-9).entropy() @ (rows / rows.sum())
+    return float(alike), float(place), float(later)
+
+
+@torch.no_grad()
+def nats(args: argparse.Namespace) -> None:
+    """Nats a token of 512 held-out pictures by the network, with captions and without, and entropies of the tokens."""
+    model = load_tokens(args.out)
+    shown, texts = draw(np.random.default_rng(8), 512, "held_out")
+    images = to_tensor(shown) / 2 + 0.5
+    codes = torch.cat([model.latents(part) for part in images.split(128)])
+    tokens = torch.cdist(codes, model.codes).argmin(-1)
+    for name, prompts in {"captions": texts, "no captions": [""] * len(texts)}.items():
+        logits = model.logits(codes, model.encode(prompts))
+        print(f"{name}: {float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())):.4f} nats a token")
+    trained = indices(Tokenizer.load(args.out / "tokenizer"), load_file(args.latents)["latents"])
+    found = entropies(trained, len(model.codes))
+    print(
+        "entropies of all training tokens: alike {:.3f}, by position {:.3f}, after the one before {:.3f}".format(*found)
+    )
+
+
 def main() -> None:
     args = arguments()
-    {"tokenizer": train_tokenizer, "network": train_network, "check": check}[args.part](args)
+    parts = {"tokenizer": train_tokenizer, "network": train_network, "check": check, "nats": nats}
+    parts[args.part](args)
 
 
 if __name__ == "__main__":

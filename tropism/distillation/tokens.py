@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tropism.base import Cond, take
 from tropism.codebook import flow_to_code, nearest, posterior_mean
 from tropism.policy import Policy
+from tropism.transitions import Categorical
 
 EARLIEST, LATEST = 0.02, 0.98  # times of the tokens' own noise
 
@@ -101,16 +102,43 @@ def _walked(policy: Policy, x: Tensor, cond: Cond) -> Tensor:
     return torch.cat([[*policy.chain(x[rows], take(cond, rows))][-1].x_next for rows in parts])
 
 
+def _cached(teacher: Policy, cond: Cond, choose: Callable[[int, Tensor], Tensor]) -> Tensor | None:
+    """(N, L, d) codes by cached keys and values; None where the teacher's network keeps none."""
+    each = getattr(getattr(teacher.model, "model", None), "one_by_one", None)
+    scale = teacher.model.guidance_scale if teacher.guidance is None else teacher.guidance
+    if each is None or callable(scale):
+        return None
+    with teacher.model.reference():
+        return each(cond, scale, choose)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def samples(teacher: Policy, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+    """(N, L, d) codes that the teacher draws, by cached keys and values where its network has them."""
+
+    def choose(place: int, logits: Tensor) -> Tensor:
+        return Categorical(logits).sample(generator)
+
+    parts = [list(prompts[first : first + teacher.microbatch]) for first in range(0, len(prompts), teacher.microbatch)]
+    found = [codes for part in parts if (codes := _cached(teacher, teacher.model.encode(part), choose)) is not None]
+    return torch.cat(found) if found else teacher.draw(prompts, generator)
+
+
 @torch.no_grad()
 def mapped(teacher: Policy, noise: Tensor, cond: Cond, codes: Tensor, steps: int) -> Tensor:
     """(N, L) the codes to which the flow brings noise (N, L, d), one position after another (2412.17153, section 3.2).
 
     The teacher is asked once a position (twice when it is guided), whatever ``steps`` the flow has.
     """
+
+    def choose(place: int, logits: Tensor) -> Tensor:
+        return flow_to_code(noise[:, place], logits.to(noise).log_softmax(-1), codes.to(noise), steps)
+
+    if (cached := _cached(teacher, cond, choose)) is not None:
+        return nearest(cached.to(noise), codes.to(noise))
     x, found, time = noise, torch.zeros(noise.shape[:2], dtype=torch.int64, device=noise.device), noise.new_ones(())
     for place in range(noise.shape[1]):
-        logits = teacher.denoiser(x, time.expand(len(x)), cond).x0[:, place].to(noise)
-        found[:, place] = flow_to_code(noise[:, place], logits.log_softmax(-1), codes.to(noise), steps)
+        found[:, place] = choose(place, teacher.denoiser(x, time.expand(len(x)), cond).x0[:, place])
         x = x.clone()
         x[:, place] = codes.to(noise)[found[:, place]]
     return found

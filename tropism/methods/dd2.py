@@ -74,7 +74,7 @@ class DD2:
     def experience(self, batch: Prompts) -> Iterator[Iterator[Tokens]]:
         """``updates`` slices of a batch a pass, each with fresh noise; the teacher draws at first, once a batch."""
         cond, rows, length = self.model.encode(batch.text), len(batch.text), self.model.latent_shape[0]
-        first = self.teacher.draw(batch.text, self.generator) if self.made < self.init_updates else None
+        first = tok.samples(self.teacher, batch.text, self.generator) if self.made < self.init_updates else None
         for _ in range(self.passes):
             for part in torch.randperm(rows, generator=self.generator).tensor_split(self.updates):
                 own = take(cond, part)

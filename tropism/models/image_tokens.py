@@ -17,6 +17,9 @@ from tropism.base import Cond, Hops
 from tropism.denoisers import OnePass, TokenDenoiser
 from tropism.models.own import Encode, OwnModel
 
+Choose = Callable[[int, Tensor], Tensor]
+"""choose(place, logits (B, V)) -> (B,) numbers of the codes there."""
+
 
 class TokenNet(Protocol):
     """What ``ImageTokens`` asks of a network (an ``nn.Module``)."""
@@ -68,6 +71,15 @@ class ImageTokens(OwnModel):
     def logits(self, x: Tensor, cond: Cond) -> Tensor:
         """Codes (B, L, d) -> (B, L, V), float32 or better: of each position, after the codes before it."""
         return self._asked("logits", x, cond)
+
+    def one_by_one(self, cond: Cond, scale: float, choose: Choose) -> Tensor | None:
+        """(B, L, d) codes that ``choose`` picks by guided logits, from cached keys and values; None where the network
+        has no ``draw`` (``token_gpt.TokenGPT`` has)."""
+        if not hasattr(self._network(), "draw"):
+            return None
+        rows = len(next(iter(cond.values())))
+        null = {name: value.expand(rows, *value.shape[1:]) for name, value in self.null().items()}
+        return self._asked("draw", cond, None if scale == 1 else null, scale, None, choose)
 
     def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """The mean (B, L, d) and the logits (B, L, V) of each position's code; arguments as ``TokenNet.flow``."""

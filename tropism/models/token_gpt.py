@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from tropism.base import Cond
-from tropism.models.image_tokens import ImageTokens, waves
+from tropism.models.image_tokens import Choose, ImageTokens, waves
 from tropism.models.tokenizer import Tokenizer, fsq_codes, load_module, save_module
 from tropism.randomness import Randomness
 from tropism.transitions import Categorical
@@ -54,6 +54,7 @@ class TokenGPT(nn.Module):
             eos_token_id=None,
         )
         self.body = LlamaModel(llama)
+        self.body.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bfloat16 on a CPU
         del self.body.embed_tokens
         self.head = nn.Linear(width, count)
         self.told = nn.Linear(16, width)
@@ -80,10 +81,18 @@ class TokenGPT(nn.Module):
         return self.say(self.mix(self._hidden(seen, cond) + own))  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def draw(self, cond: Cond, null: Cond | None, scale: float, generator: Randomness = None) -> Tensor:
+    def draw(
+        self,
+        cond: Cond,
+        null: Cond | None,
+        scale: float,
+        generator: Randomness = None,
+        choose: Choose | None = None,
+    ) -> Tensor:
         """(B, L, d) codes drawn one by one with a cache of keys and values; guided away from ``null`` (B rows).
 
-        The same law as the chain of ``samplers.NextToken``, which asks the whole network for every token.
+        The same law as the chain of ``samplers.NextToken``, which asks the whole network for every token. ``choose``
+        takes the place of drawing.
         """
         both = cond if null is None else {"words": torch.cat([cond["words"], null["words"]])}
         codes: Any = self.codes
@@ -94,7 +103,7 @@ class TokenGPT(nn.Module):
             if null is not None:
                 own, other = logits.chunk(2)
                 logits = other + scale * (own - other)
-            found.append(codes[Categorical(logits).sample(generator)])
+            found.append(codes[Categorical(logits).sample(generator) if choose is None else choose(place, logits)])
             inputs = self._embedded(found[-1].to(said)[:, None], place)
             inputs = inputs if null is None else torch.cat([inputs, inputs])
         return torch.stack(found, dim=1)
