@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from tropism.base import Prompts, Reward, TextToImage, pick
-from tropism.methods.raft import RAFT
+from tropism.methods.raft import RAFT, best_of_group
 from tropism.methods.settings import MethodSettings
+from tropism.particles import Particles
 from tropism.policy import score_latents
 from tropism.processes import ALONE
 from tropism.randomness import row_seeds
@@ -31,25 +32,31 @@ SEARCHES: Mapping[str, Callable[..., Search]] = {
 }  # fmt: skip
 
 
-def scored(reward: Tensor, group: Tensor) -> Tensor:
-    """1 for every sample that has a score: what was chosen has been chosen within its own search."""
-    return (~reward.isnan()).float()
-
-
 @dataclass
 class Steered(RAFT):
-    """RAFT on the samples of ``search``."""
+    """RAFT on the samples of ``search``, which ranks in its stead."""
 
     search: Search = field(default_factory=best_of_n.Settings)
 
-    def sampled(self, batch: Prompts) -> tuple[Tensor, Tensor]:
-        """One steered sample a row."""
-        seeds, processes = row_seeds(len(batch.text), self.generator), self.policy.processes
-        mine = processes.share(torch.arange(len(batch.text)))
+    def sampled(self, batch: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        """One steered sample a row, of weight 1 where it has a score; of weight 0 all, where no search had a choice."""
+        seeds, processes, total = row_seeds(len(batch.text), self.generator), self.policy.processes, len(batch.text)
+        mine = processes.share(torch.arange(total))
         alone, own = self.policy.with_(processes=ALONE), pick(batch, mine)
-        latents = steer_policy(alone, self.reward, own, [self.search], seeds[mine])[0].latents
-        reward = score_latents(alone, self.reward, latents, own).to(latents.device)
-        return tuple(processes.joined(each, mine, len(batch.text)) for each in (latents, reward))  # type: ignore[return-value]
+        found = steer_policy(alone, self.reward, own, [self.search], seeds[mine])[0]
+        reward = score_latents(alone, self.reward, found.latents, own).to(found.latents.device)
+        latents, reward, choice = (
+            processes.joined(each, mine, total) for each in (found.latents, reward, chosen(found.particles))
+        )
+        return latents, reward, (~reward.isnan()).float().cpu() * float(choice.any())
+
+
+def chosen(particles: Particles | None) -> Tensor:
+    """(P,) whether the particles of a sample differ in what they score."""
+    assert particles is not None
+    reward = particles.reward
+    high, low = reward.nan_to_num(-torch.inf).amax(1), reward.nan_to_num(torch.inf).amin(1)
+    return high > low
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,6 @@ class Settings(MethodSettings):
 
     def build(self, model: TextToImage, reward: Reward, generator: torch.Generator) -> Steered:
         """The method on this model. Raises TypeError for a model whose network has no target to regress on."""
-        policy, weigh = self.policy(model, solver(model.denoiser)), scored
-        return Steered(
-            policy, reward, weigh, self.minibatch, self.updates, self.epochs, self.drop, generator, self.search()
-        )
+        policy = self.policy(model, solver(model.denoiser))
+        given = (self.minibatch, self.updates, self.epochs, self.drop, generator, self.search())
+        return Steered(policy, reward, best_of_group(), *given)

@@ -95,9 +95,8 @@ class RAFT:
     def experience(self, batch: Prompts) -> Iterator[Iterator[Kept]]:
         """Samples, scores and weighs a batch, then yields what has weight, shuffled, in ``updates`` slices a pass, with
         fresh times and noise each pass."""
-        latents, reward = self.sampled(batch)
+        latents, reward, weight = self.sampled(batch)
         info = reward_statistics(reward, batch.group)
-        weight = self.weigh(reward.cpu(), batch.group)
         rows = weight.nonzero().flatten()
         latents, weight = latents[rows], weight[rows].to(latents)
         cond = take(self.policy.told(self.policy.model.encode(batch.text)), rows)
@@ -109,9 +108,10 @@ class RAFT:
             for parts in slices(order, self.updates, self.minibatch, self.policy.processes):
                 yield (Kept(latents[i], t[i], eps[i], weight[i], take(shown, i), info) for i in parts)
 
-    def sampled(self, batch: Prompts) -> tuple[Tensor, Tensor]:
-        """Clean latents (B, ...) and their rewards (B,)."""
-        return scored_draw(self.policy, self.reward, batch, self.generator)
+    def sampled(self, batch: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents (B, ...), their rewards (B,) and weights (B,)."""
+        latents, reward = scored_draw(self.policy, self.reward, batch, self.generator)
+        return latents, reward, self.weigh(reward.cpu(), batch.group)
 
     def loss(self, kept: Kept) -> Loss:
         """The denoising error in the network's own target, at uniform times, weighted."""
