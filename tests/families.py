@@ -83,7 +83,7 @@ def turbo(build: Callable[[], Any]) -> Callable[[], Any]:
 
 
 clips = {"num_frames": tiny.FRAMES}
-CONSISTENCY = ("flow-grpo", "raft", "rwr", "distillation")
+CONSISTENCY = ("distill-samples", "flow-grpo", "raft", "rwr", "distillation")
 PIXART = {"use_resolution_binning": False, "clean_caption": False}
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 DPM1 = {"solver_order": 1, "timestep_spacing": "linspace"}

@@ -61,7 +61,7 @@ class Leaning(ToyTextToImage):
         times[-1] = 0.0
         return times
 
-    def few_step(self, hops: Hops, steps: int) -> ToyTextToImage:
-        view = super().few_step(hops, steps)
+    def few_step(self, hops: Hops, steps: int, guidance: float | None = None) -> ToyTextToImage:
+        view = super().few_step(hops, steps, guidance)
         view.denoiser = ConsistencyDenoiser(self.denoiser, None) if hops == "consistency" else self.denoiser
         return view

@@ -129,7 +129,7 @@ def test_inputs_are_not_changed(row):
     prompts = dataclasses.replace(prompts, columns={"note": list(range(len(prompts.text)))})
     as_it_was = copy.deepcopy(prompts)
     method, optimizer = built(row, model), SGD(model.parameters())
-    for update in method.experience(prompts):
+    for update in itertools.islice(method.experience(prompts), 6):  # plain gradient descent diverges where it is long
         for minibatch in update:
             stored = tensors(minibatch)
             copies = {name: value.clone() for name, value in stored.items()}

@@ -80,7 +80,7 @@ def test_defaults_travel_with_the_folder(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"guidance": 3}', r"\['guidance'\]; wanted guidance_scale, steps and hops"),
+        ('{"guidance": 3}', r"\['guidance'\]; wanted guidance_scale, steps, hops, told and base"),
         ('{"steps": 2.5}', "wanted a whole number"),
         ('{"guidance_scale": "3"}', "wanted a positive number"),
         ('{"guidance_scale": NaN}', "wanted a positive number"),

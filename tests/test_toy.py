@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tropism.base import TextToImage
-from tropism.denoisers import END
+from tropism.denoisers import END, TOLD
 from tropism.guidance import Guided
 from tropism.models.toy import (
     MODES,
@@ -227,6 +227,7 @@ def test_the_reference_stays_and_every_weight_trains(toy):
     x, t, cond = randn(4, 2), torch.tensor([0.2, 0.5, 0.8, 0.9]), toy.encode(PROMPTS[:4])
     assert torch.equal(toy.denoiser(x, t, cond).x0, toy.denoiser(x, t, {**cond, END: t}).x0)  # told, not yet heard
     cond = {**cond, END: t}
+    cond[TOLD] = torch.full((4,), 2.0)
     denoiser, parameters = toy.denoiser, toy.parameters()
     before = denoiser(x, t, cond)
     before.x0.square().sum().backward()

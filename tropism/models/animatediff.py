@@ -80,6 +80,16 @@ class AnimateDiff(StableDiffusion):
         latents: Tensor = self._encoded(self._vae_latents(pictures)).unflatten(0, (len(images), frames))
         return latents.transpose(1, 2)
 
+    def output(self, images: Any) -> Any:
+        """Clips as frames: of film strips (B, 3, H, F * W), or B pictures, (B, F, 3, H, W), or B lists of F."""
+        frames = self.latent_shape[1]
+        if isinstance(images, Tensor):
+            clips: Any = images if images.ndim > 4 else images.unflatten(3, (frames, -1)).permute(0, 3, 1, 2, 4)
+            return super().output(clips)
+        width = images[0].width // frames
+        boxes = [(place * width, 0, (place + 1) * width, images[0].height) for place in range(frames)]
+        return super().output([[strip.crop(box) for box in boxes] for strip in images])
+
     # What is trained.
 
     def _lora_kind(self) -> type[Lora]:

@@ -21,7 +21,7 @@ class LatentConsistency(StableDiffusion):
         "consistency function on a DDPM table",
         "an input (or none)",
         "1 to 8",
-        "all but flow-grpo, raft, rwr, distillation",
+        "all but distill-samples, flow-grpo, raft, rwr, distillation",
     )
     default_guidance = 8.5
     default_steps = FEW_STEPS

@@ -241,7 +241,8 @@ class LatentPipeline(Trainable):
         known = vars(sys.modules[type(self.pipe).__module__])
         kinds = [kind for name, kind in known.items() if name.endswith("PipelineOutput")]
         assert len(kinds) == 1, f"{type(self.pipe).__name__} has {len(kinds)} kinds of output"
-        return kinds[0](**{field.name: None for field in fields(kinds[0])} | {"images": images})
+        first, *others = (field.name for field in fields(kinds[0]))
+        return kinds[0](**{first: images} | dict.fromkeys(others))
 
     def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
         """Lines of Python that draw ``prompt`` in plain diffusers (and PEFT)."""

@@ -185,8 +185,10 @@ class ToyClips:
         """(steps + 1,) as the image toy's."""
         return _grid(self.schedule, steps, self._spacing)
 
-    def few_step(self, hops: Hops, steps: int) -> ToyClips:
-        """The same network, unguided. Raises ValueError for jumps: it is told one time."""
+    def few_step(self, hops: Hops, steps: int, guidance: float | None = None) -> ToyClips:
+        """The same network, unguided. Raises ValueError for jumps and for guidance: it is told one time and no more."""
+        if guidance is not None:
+            raise ValueError(f"guidance is {guidance}, and this toy cannot be told it; leave it out")
         if hops == "jump":
             raise ValueError("this toy is told one time, and cannot be told where to jump; take consistency or ode")
         view = copy.copy(self)

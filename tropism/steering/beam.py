@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tropism.particles import beam_search, schedule
+from tropism.particles import beam_search
 from tropism.steering.settings import ResamplingSettings
 from tropism.steering.task import Steered, Task, of_particles
 
@@ -29,8 +29,8 @@ class Settings(ResamplingSettings):
             raise ValueError(f"expand is {self.expand}; wanted at least 1")
 
     def draw(self, task: Task) -> Steered:
-        """Raises ValueError for a model whose moves draw no noise, and where no move falls in the window."""
+        """Raises ValueError for a model whose moves draw no noise."""
         task = task.noisy(self.eta, self.noise_level)
         x, cond, generators, score = task.particles(self.particles)
-        at = schedule(task.policy.steps, self.every, *self.window)
+        at = self.decisions(task.policy.steps)
         return of_particles(*beam_search(task.policy, x, cond, score, expand=self.expand, at=at, generator=generators))

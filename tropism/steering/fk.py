@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tropism.particles import POTENTIALS, SCHEMES, fk_steer, schedule
+from tropism.particles import POTENTIALS, SCHEMES, fk_steer
 from tropism.steering.settings import ResamplingSettings
 from tropism.steering.task import Steered, Task, of_particles
 
@@ -35,7 +35,7 @@ class Settings(ResamplingSettings):
             raise ValueError(f"ess_below is {self.ess_below}; wanted above 0, up to 1")
 
     def draw(self, task: Task) -> Steered:
-        """Raises ValueError for a model whose moves draw no noise, and where no move falls in the window."""
+        """Raises ValueError for a model whose moves draw no noise."""
         task = task.noisy(self.eta, self.noise_level)
         x, cond, generators, score = task.particles(self.particles)
         found = fk_steer(
@@ -45,7 +45,7 @@ class Settings(ResamplingSettings):
             score,
             scale=self.scale,
             potential=POTENTIALS[self.potential],
-            at=schedule(task.policy.steps, self.every, *self.window),
+            at=self.decisions(task.policy.steps),
             resample=SCHEMES[self.resampling],
             ess_below=self.ess_below,
             generator=generators,

@@ -40,6 +40,12 @@ class ResamplingSettings(SearchSettings):
     noise_level: float = 0.7
     """Noise of the moves of a flow (Flow-GRPO's SDE)."""
 
+    def decisions(self, moves: int) -> tuple[int, ...]:
+        """Every ``every``-th of so many moves within the window; of a chain too short for one, the middle move."""
+        low, high = (share * moves for share in self.window)
+        found = tuple(move for move in range(0, moves, self.every) if low <= move <= high)
+        return found or ((moves - 1) // 2,) * (moves > 1)
+
     def check(self) -> None:
         """As a search's, and the ranges above."""
         super().check()
