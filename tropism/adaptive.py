@@ -19,7 +19,7 @@ from tropism.base import Cond, Denoiser, Kernel
 from tropism.guidance.adaptive import Known, Linear, Memory, Partly, agreement, said
 from tropism.guidance.cfg import Guided
 from tropism.randomness import Randomness
-from tropism.samplers.chain import Move, Walk
+from tropism.samplers.chain import Move, Walk, check_grid
 
 
 def adaptive(threshold: float | None = None, linear: Linear | None = None) -> Walk:
@@ -104,8 +104,7 @@ def _remembering(
     threshold: float | None,
     linear: Linear | None,
 ) -> Iterator[tuple[Move, Memory]]:
-    if ts.ndim != 1 or ts.numel() < 2 or not bool((ts[1:] < ts[:-1]).all()) or ts[0] > 1 or ts[-1] < 0:
-        raise ValueError(f"ts must be (K + 1,) strictly decreasing in [0, 1]; got {tuple(ts.shape)}: {ts.tolist()}")
+    check_grid(ts)
     x, ts = x.float(), ts.to(x.device, torch.float32)
     memory = Memory.fresh(x)
     for now, later in itertools.pairwise(ts):

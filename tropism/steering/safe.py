@@ -14,7 +14,7 @@ from torch import Tensor
 from tropism.base import Schedule
 from tropism.data.images import read_images
 from tropism.guidance import KernelOdds, Odds, Safe
-from tropism.steering.settings import SteererSettings
+from tropism.steering.settings import SteererSettings, check_times
 from tropism.steering.task import Task, encoder_of
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -46,9 +46,7 @@ class Settings(SteererSettings):
     def check(self) -> None:
         """As every steerer's; there must be pictures."""
         super().check()
-        low, high = self.times
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"times is {low} {high}; wanted two times from 0 to 1, the smaller first")
+        check_times(self.times)
         if not self.strength > 0 or not self.bandwidth >= 0 or not self.most > 0 or not self.least >= 0:
             raise ValueError(
                 f"strength is {self.strength}, bandwidth {self.bandwidth}, most {self.most} and least {self.least}; "

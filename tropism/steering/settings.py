@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def check_times(times: tuple[float, float]) -> None:
+    """Raises ValueError unless the two are from 0 to 1, the smaller first."""
+    low, high = times
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"times is {low} {high}; wanted two times from 0 to 1, the smaller first")
+
+
 @dataclass(frozen=True)
 class SteererSettings:
     """Flags and YAML keys of every steerer."""
@@ -75,8 +82,6 @@ class GradientSettings(SteererSettings):
     def check(self) -> None:
         """As every steerer's, and the ranges above."""
         super().check()
-        low, high = self.times
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"times is {low} {high}; wanted two times from 0 to 1, the smaller first")
+        check_times(self.times)
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"limit is {self.limit}; wanted above 0, or none")
