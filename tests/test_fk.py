@@ -8,6 +8,7 @@ import pytest
 import torch
 from chains_law import chain_law, evidence, target_mean
 
+from tropism.counting import Counting
 from tropism.guidance.cfg import Guided
 from tropism.models.toy import GaussianDenoiser, MixtureDenoiser
 from tropism.particles import (
@@ -24,7 +25,7 @@ from tropism.particles import (
     schedule,
     through,
 )
-from tropism.particles.walking import Cost, Counting, counted
+from tropism.particles.walking import Cost, counted
 from tropism.randomness import row_generators, row_seeds
 from tropism.samplers import DDIM, Consistency, ConstantSDE, EulerODE, FlowSDE, walk
 from tropism.schedules import RectifiedFlow, ddpm_table, flow_grid, table_grid

@@ -262,6 +262,20 @@ def test_lines_are_whole_or_absent(tmp_path: Path) -> None:
             Lines(Path("/dev/full")).append({"step": 1})
 
 
+def test_a_step_is_shown_by_its_reward_or_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress(3)
+    shown.step(1, {"loss": 0.25}, 2.0)
+    shown.step(2, {"loss": 0.25, "reward_mean": 1.5}, 2.0)  # as of a gradient, which has no spread
+    shown.step(3, {"loss": 0.25, "reward_mean": 1.5, "reward_std": 0.5}, 2.0)
+    lines = capsys.readouterr().out.splitlines()
+    told = [" ".join(line.split()[2:]).partition(" 0:00")[0] for line in lines]
+    assert told == [
+        "loss 0.25 images/s 2.0",
+        "reward 1.500 images/s 2.0",
+        "reward 1.500 (std 0.500) images/s 2.0",
+    ]
+
+
 def test_stopping_by_the_keyboard(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,11 +5,32 @@ By rows and not by passes, so that guidance, which asks a network twice, costs t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, Prediction
+from tropism.base import Cond, Denoiser, Prediction, Schedule
+
+
+class Counting:
+    """A denoiser that tells ``add`` how many rows it was asked for; otherwise the one inside."""
+
+    def __init__(self, inner: Denoiser, add: Callable[[int], None]) -> None:
+        self.inner, self._add = inner, add
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner denoiser's."""
+        return self.inner.schedule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x (B, ...), t (B,)."""
+        self._add(len(x))
+        return self.inner(x, t, cond)
 
 
 class Counted:
@@ -24,19 +45,7 @@ class Counted:
     @property
     def denoiser(self) -> Denoiser:
         """Unguided, as the model's."""
-        return _Counting(self)
+        return Counting(self.model.denoiser, self._add)
 
-
-class _Counting:
-    """A denoiser that tells its model of every call."""
-
-    def __init__(self, owner: Counted) -> None:
-        self._owner, self._inner = owner, owner.model.denoiser
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        self._owner.rows += len(x)
-        answer: Prediction = self._inner(x, t, cond)
-        return answer
+    def _add(self, rows: int) -> None:
+        self.rows += rows

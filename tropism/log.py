@@ -88,8 +88,8 @@ class Progress:
 
     def step(self, number: int, metrics: Mapping[str, float], images_per_second: float) -> None:
         """Shows a finished step: its reward, or the loss of what learns without."""
-        rewarded = "reward_mean" in metrics
-        facts = {"reward": f"{metrics['reward_mean']:.3f}"} if rewarded else {"loss": f"{metrics['loss']:.4g}"}
+        name, form = ("reward_mean", ".3f") if "reward_mean" in metrics else ("loss", ".4g")
+        facts = {name.removesuffix("_mean"): format(metrics[name], form)}
         if not math.isnan(self.evaluated):
             facts["eval"] = f"{self.evaluated:.3f}"
         facts["images/s"] = f"{images_per_second:.1f}"
@@ -97,7 +97,7 @@ class Progress:
             self._bar.set_postfix(facts, refresh=False)
             self._bar.update(number - self._bar.n)
             return
-        if rewarded:
+        if "reward" in facts and "reward_std" in metrics:  # one that is followed by its gradient has none
             facts["reward"] += f" (std {metrics['reward_std']:.3f})"
         left = (time.perf_counter() - self._started) / (number - self.first) * (self.steps - number)
         said = "  ".join(f"{name} {value}" for name, value in facts.items())

@@ -35,6 +35,7 @@ from tropism.particles.resampling import Resample, systematic
 from tropism.particles.trace import Step, Trace
 from tropism.particles.walking import Chance, Cost, Score, counted
 from tropism.randomness import Randomness, normal
+from tropism.samplers.chain import check_grid
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ def _checked(
         raise ValueError(f"the powers sum to {total}; wanted more than 0, or there is no law to start from")
     if any(factor.denoiser.schedule != factors[0].denoiser.schedule for factor in factors):
         raise ValueError("the factors have different schedules; wanted one, so that all speak of the same level")
-    if ts.ndim != 1 or ts.numel() < 2 or not bool((ts[1:] < ts[:-1]).all()):
-        raise ValueError(f"ts must be (steps + 1,) and strictly decreasing; got {ts.tolist()}")
+    check_grid(ts)
     if float(factors[0].denoiser.schedule.alpha(ts[:1])) <= 0:
         raise ValueError(f"there is no signal at t = {float(ts[0])} (alpha = 0); begin a little later, as at 0.99")
     if zeta < 0 or not 0 < ess_below <= 1 or (clamp is not None and clamp < 0):

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, Kernel, Prediction, Schedule, Transition, take
+from tropism.base import Cond, Denoiser, Kernel, Prediction, Transition, take
+from tropism.counting import Counting
 from tropism.randomness import Randomness, row_generators, row_seeds
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -56,32 +57,16 @@ class Cost:
     network_rows: int = 0
     reward_rows: int = 0
 
-
-class Counting:
-    """A denoiser that counts its rows, otherwise as the one inside."""
-
-    def __init__(self, inner: Denoiser, cost: Cost) -> None:
-        self.inner, self.cost = inner, cost
-
-    @property
-    def schedule(self) -> Schedule:
-        """The inner denoiser's."""
-        return self.inner.schedule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """x (B, ...), t (B,)."""
-        self.cost.network_rows += len(x)
-        return self.inner(x, t, cond)
+    def asked(self, rows: int) -> None:
+        """The network, so many rows more."""
+        self.network_rows += rows
 
 
 def counted(denoiser: Denoiser, cost: Cost) -> Denoiser:
     """The same denoiser, counting as far inside as it goes: below guidance and other wrappers with an ``inner``."""
     inner: Denoiser | None = getattr(denoiser, "inner", None)
     if inner is None or not hasattr(type(denoiser), "__dataclass_fields__"):
-        return Counting(denoiser, cost)
+        return Counting(denoiser, cost.asked)
     replaced: Any = dataclasses.replace
     wrapped: Denoiser = replaced(denoiser, inner=counted(inner, cost))
     return wrapped
