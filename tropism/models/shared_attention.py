@@ -81,7 +81,8 @@ class Sharing:
         answer = attn.batch_to_head_dim(torch.bmm(maps, value))
         for layer in attn.to_out:
             answer = layer(answer)
-        return (answer + hidden_states if attn.residual_connection else answer) / attn.rescale_output_factor  # type: ignore[no-any-return]
+        whole: Tensor = answer + hidden_states if attn.residual_connection else answer
+        return whole / float(attn.rescale_output_factor)
 
     def _doubled(self, states: Tensor) -> Tensor:
         """(R, ...) whose edits' rows are their pictures'."""

@@ -79,6 +79,18 @@ class StableDiffusion(DDPMPipeline):
         embedded: Tensor = self.pipe.get_guidance_scale_embedding(w - 1, embedding_dim=size)
         return embedded.to(x)
 
+    @torch.no_grad()
+    def features(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x (B, ...), t (B,) -> (B, C, h, w) float32: what the middle of the UNet is given."""
+        seen: list[Tensor] = []
+        middle: Any = self._network().mid_block
+        handle = middle.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        try:
+            self.denoiser(x, t, cond)
+        finally:
+            handle.remove()
+        return seen[0].float()
+
     def shared_attention(
         self,
         before: Sequence[str],
