@@ -81,8 +81,9 @@ class Sharing:
         answer = attn.batch_to_head_dim(torch.bmm(maps, value))
         for layer in attn.to_out:
             answer = layer(answer)
-        whole: Tensor = answer + hidden_states if attn.residual_connection else answer
-        return whole / float(attn.rescale_output_factor)
+        whole = answer + hidden_states if attn.residual_connection else answer
+        scaled: Tensor = whole / attn.rescale_output_factor
+        return scaled
 
     def _doubled(self, states: Tensor) -> Tensor:
         """(R, ...) whose edits' rows are their pictures'."""
