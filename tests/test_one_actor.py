@@ -107,7 +107,7 @@ PROMPTS = ["a x", "a x on a hill"]  # words that the small tokenizer has are let
 
 def drawn(count: int = 4) -> tuple[object, object]:
     model = ROWS["sd"].model()
-    return model, cast(Policy(model, DDIM(0.0), 3, 2.0), PROMPTS[0], count)
+    return model, cast(Policy(model, DDIM(0.0), 3, 2.0), PROMPTS[:1] * count)
 
 
 def test_only_the_projector_learns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_what_cannot_be_tuned_is_one_sentence() -> None:
         tune(model, found, "fox", ["a fox"], rows=2)
     with pytest.raises(ValueError, match="which this model has not"):
         flow = ROWS["sd3"].model()
-        cast(Policy(flow, DDIM(0.0), 2), "a fox", 2)
+        cast(Policy(flow, DDIM(0.0), 2), ["a fox"])
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ errors,
 
 What is kept are two offsets, the target's and the mean of the others, which ``--steer one-actor`` adds.
 
-Departures from JoHnneyWang/OneActor: group normalisation in the projector instead of batch normalisation, which five
-rows do not feed; latents are those that the chain ended in, without a way through pictures; captions are the caller's.
+Departures from JoHnneyWang/OneActor: features less their mean over what was drawn, over their deviation, and group
+normalisation in the projector, in the place of batch normalisation, which has five rows; latents are those that the
+chain ended in, without a way through pictures; captions, of what is drawn and of the tuning, are the caller's.
 """
 
 from __future__ import annotations
@@ -102,27 +103,37 @@ class Stage(nn.Module):
 
 @dataclass(frozen=True)
 class Cast:
-    """What was drawn of one prompt: latents (N, ...), and the features (N, C, h, w) at the end of their chains."""
+    """What was drawn: latents (N, ...), and the features (N, C, h, w) at the end of their chains."""
 
     latents: Tensor
     features: Tensor
 
 
 @torch.no_grad()
-def cast(policy: Policy, prompt: str, count: int = 11, seed: int = 0) -> Cast:
-    """Draws ``count`` samples to choose a target from. Raises ValueError for a model without a UNet's middle."""
+def cast(policy: Policy, prompts: Sequence[str], seed: int = 0) -> Cast:
+    """Draws a sample a prompt (N), to choose a target from; usually all are one prompt, N times.
+
+    Raises ValueError for a model without a UNet's middle.
+    """
     features = getattr(policy.model, "features", None)
     if features is None:
         raise ValueError("one-actor reads the middle of a UNet, which this model has not; take one of Stable Diffusion")
+    count, cond = len(prompts), policy.model.encode(prompts)
     generators = row_generators(row_seeds(count, torch.Generator().manual_seed(seed)))
-    x, cond = normal((count, *policy.model.latent_shape), generators, policy.device), policy.model.encode([prompt])
+    x = normal((count, *policy.model.latent_shape), generators, policy.device)
     ends, seen = [], []
     for rows in torch.arange(count).split(policy.microbatch):
-        own = take(cond, torch.zeros_like(rows))
+        own = take(cond, rows)
         *_, last = policy.chain(x[rows], own, [generators[row] for row in rows.tolist()])
         ends.append(last.x_next)
         seen.append(features(last.x, last.t, own))
     return Cast(torch.cat(ends), torch.cat(seen))
+
+
+def standardised(features: Tensor) -> Tensor:
+    """(N, ...) less their mean, over their standard deviation: what N share would drown what parts them."""
+    centred = features - features.mean(0, keepdim=True)
+    return centred / centred.square().mean(0, keepdim=True).sqrt().clamp(min=1e-3 * float(features.std()))
 
 
 def tune(
@@ -152,7 +163,7 @@ def tune(
             "rows than samples, and at least 1 step"
         )
     generator, cond = torch.Generator().manual_seed(seed), model.encode(prompts)
-    places, features = model.word_places(prompts, word), drawn.features.detach().clone()
+    places, features = model.word_places(prompts, word), standardised(drawn.features)
     others = torch.tensor([row for row in range(count) if row != target])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -87,8 +87,9 @@ class Sharing:
 
     def _doubled(self, states: Tensor) -> Tensor:
         """(R, ...) whose edits' rows are their pictures'."""
-        parts = states.unflatten(0, (-1, 2, len(self.place)))
-        return parts[:, :1].expand_as(parts).flatten(0, 2)
+        parts: Tensor = states.unflatten(0, (-1, 2, len(self.place)))
+        doubled: Tensor = parts[:, :1].expand_as(parts).flatten(0, 2)
+        return doubled
 
     def _refined(self, maps: Tensor) -> Tensor:
         """Maps (R, heads, T, L), those with the caption first."""
