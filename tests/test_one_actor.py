@@ -14,7 +14,7 @@ from torch import Tensor
 from tropism.base import Cond, Prediction
 from tropism.guidance import ROW, Guided
 from tropism.guidance.cluster import WORDS, Clustered, moved
-from tropism.one_actor import Actor, Projector, cast, tune
+from tropism.one_actor import Actor, Projector, cast, standardised, tune
 from tropism.policy import Policy
 from tropism.samplers import DDIM
 from tropism.schedules import RectifiedFlow
@@ -137,6 +137,18 @@ def test_only_the_projector_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def found_width(model: object) -> int:
     return int(model.null()[WORDS].shape[2])
+
+
+def test_a_word_is_where_it_comes_first() -> None:
+    places = ROWS["sd"].model().word_places(["a x on x", "x"], "x")
+    assert places.nonzero().tolist() == [[0, 2], [1, 1]]  # after the mark of the start
+
+
+def test_what_features_share_is_taken_out() -> None:
+    own = torch.randn(6, 3, 4, 4, generator=seeded(8))
+    shared = own + 50.0 * torch.randn(1, 3, 4, 4, generator=seeded(9))
+    assert torch.allclose(standardised(shared), standardised(own), atol=1e-3)
+    assert torch.equal(standardised(torch.ones(3, 2)), torch.zeros(3, 2))
 
 
 def test_features_are_what_the_middle_sees() -> None:

@@ -133,7 +133,7 @@ def cast(policy: Policy, prompts: Sequence[str], seed: int = 0) -> Cast:
 def standardised(features: Tensor) -> Tensor:
     """(N, ...) less their mean, over their standard deviation: what N share would drown what parts them."""
     centred = features - features.mean(0, keepdim=True)
-    return centred / centred.square().mean(0, keepdim=True).sqrt().clamp(min=1e-3 * float(features.std()))
+    return centred / centred.square().mean(0, keepdim=True).sqrt().clamp(min=1e-6)
 
 
 def tune(
