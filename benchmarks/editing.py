@@ -39,7 +39,8 @@ from tropism.worlds.scenes.render import REACH, Placed, coverage, place
 from tropism.worlds.scenes.verify import look
 
 ATTRIBUTES = ("color", "shape", "background")
-WAYS = ("inversion", "sdedit:0.4", "infedit", "infedit:0.7", "infedit:0.7+cross:1+self:1", "lcm:0.5", "dmd:0.5")
+SHARED = "infedit:0.7+cross:1+self:1"
+WAYS = ("inversion", "sdedit:0.4", "infedit", "infedit:0.7", SHARED, SHARED + "+guidance:1.5", "lcm:0.5", "dmd:0.5")
 FEW = {"lcm": "scenes-lcm", "dmd": "scenes-dmd"}
 BESIDE = 3  # pixels between the object and what is called outside
 
