@@ -40,7 +40,8 @@ from tropism.worlds.scenes.verify import look
 
 ATTRIBUTES = ("color", "shape", "background")
 SHARED = "infedit:0.7+cross:1+self:1"
-WAYS = ("inversion", "sdedit:0.4", "infedit", "infedit:0.7", SHARED, SHARED + "+guidance:1.5", "lcm:0.5", "dmd:0.5")
+WAYS = ("inversion", "sdedit:0.4", "infedit", "infedit:0.7", "infedit:0.7+guidance:1.5", SHARED,
+        SHARED + "+guidance:1.5", "lcm:0.5", "dmd:0.5")  # fmt: skip
 FEW = {"lcm": "scenes-lcm", "dmd": "scenes-dmd"}
 BESIDE = 3  # pixels between the object and what is called outside
 
