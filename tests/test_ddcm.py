@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,25 @@ def test_less_strength_makes_fewer_moves() -> None:
     assert len(moves) == 5 and float(moves[0].t[0]) == pytest.approx(0.5)
     with pytest.raises(ValueError, match=r"strength is 0\.0"):
         DDCM(clean, {"label": label}, "row", 0.0)
+
+
+def test_attending_is_told_of_every_pass_and_its_mask_keeps_what_it_covers() -> None:
+    clean, label = sources(8)
+    inside, told = torch.cat([torch.zeros(OBJECT), torch.ones(BACKGROUND)]), []
+
+    @contextmanager
+    def attending(rows: Tensor, done: float) -> Iterator[Callable[[Tensor], Tensor | None]]:
+        told.append((rows.tolist(), done))
+        yield lambda like: None if done < 0.5 else inside
+        told.append("left")
+
+    edit = DDCM(clean, {"label": label}, "row", attending=attending)
+    cond = {"label": (label + 1) % OBJECT, "row": torch.arange(8)}
+    moves = list(edit(Consistency(), mixture(RectifiedFlow()), clean, torch.linspace(1, 0, 5), cond, seeded()))
+    rows = list(range(8))
+    assert told == [(rows, 0.0), "left", (rows, 0.25), "left", (rows, 0.5), "left", (rows, 0.75), "left"]
+    assert float((moves[1].prediction.x0 - clean)[:, :OBJECT].abs().max()) > 0.5
+    assert torch.equal(moves[-1].x_next[:, :OBJECT], clean[:, :OBJECT])
 
 
 def test_a_picture_comes_back_from_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,10 @@ class AnimateDiff(StableDiffusion):
         channels, *cells = super()._latent_shape(image_size)
         return channels, self.frames, *cells
 
+    def shared_attention(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: rows of its attention are frames and places, not samples."""
+        raise ValueError("the attention of a clip model cannot be shared; set cross_share and self_share to 0")
+
     def _predict(self, net: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
         told = {**cond, "prompt_embeds": cond["prompt_embeds"].repeat_interleave(x.shape[2], 0)}
         return super()._predict(net, x, tau, told)

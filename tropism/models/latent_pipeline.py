@@ -16,7 +16,7 @@ from tropism.base import Denoiser, Hops
 from tropism.models.adapters import Trained
 from tropism.models.few_step import scheduler_lines
 from tropism.models.onednn import twin, twin_pays
-from tropism.models.phrases import token_phrases
+from tropism.models.phrases import token_phrases, word_places
 from tropism.models.trainable import Trainable, clamped
 
 
@@ -161,6 +161,14 @@ class LatentPipeline(Trainable):
         tokens = min(length, int(self.pipe.tokenizer.model_max_length))
         found = token_phrases(self.pipe.tokenizer, prompts, tokens)
         return torch.nn.functional.pad(found, (0, length - tokens), value=-1)
+
+    def word_places(self, prompts: Sequence[str], word: str) -> Tensor:
+        """(B, L) bool: where ``word`` is first among the tokens of each prompt. Raises ValueError for a word of several
+        tokens, and for a prompt without it."""
+        length = self.encode(prompts)["prompt_embeds"].shape[1]
+        tokens = min(length, int(self.pipe.tokenizer.model_max_length))
+        found = word_places(self.pipe.tokenizer, prompts, word, tokens)
+        return torch.nn.functional.pad(found, (0, length - tokens), value=False)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32; keeps the graph.

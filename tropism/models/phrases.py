@@ -34,6 +34,21 @@ def phrase_spans(prompt: str) -> list[tuple[int, int]]:
     return spans
 
 
+def word_places(tokenizer: Any, prompts: Sequence[str], word: str, length: int) -> Tensor:
+    """(B, length) bool: the first token of each prompt that is ``word``. Raises ValueError for a word of several
+    tokens, and for a prompt without it."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(f"{word!r} is {len(ids)} tokens of this model; wanted a word that is one")
+    rows = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
+    found = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
+        if ids[0] not in tokens:
+            raise ValueError(f"the prompt {prompt!r} does not have the word {word!r}; write it, as the actor's own did")
+        found[row, tokens.index(ids[0])] = True
+    return found
+
+
 def token_phrases(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """(B, length) int64: the phrase of each token, -1 for none. Raises ValueError for a tokenizer without offsets."""
     if not getattr(tokenizer, "is_fast", False):

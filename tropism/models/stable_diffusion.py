@@ -6,6 +6,7 @@ UNet that takes guidance as an input, as LCM's, is told it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from tropism.denoisers import TOLD
 from tropism.models.adapters import Full
 from tropism.models.ddpm_pipeline import DDPMPipeline
 from tropism.models.latent_pipeline import NO_FLOW, About
+from tropism.models.shared_attention import SharedAttention, aligned
 
 TOLD_WIDTH = 256  # of the embedding of guidance, as in LCM
 
@@ -76,6 +78,32 @@ class StableDiffusion(DDPMPipeline):
         w = cond.get(TOLD, torch.full(x.shape[:1], self.guidance_scale)).float().cpu()
         embedded: Tensor = self.pipe.get_guidance_scale_embedding(w - 1, embedding_dim=size)
         return embedded.to(x)
+
+    @torch.no_grad()
+    def features(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x (B, ...), t (B,) -> (B, C, h, w) float32: what the middle of the UNet is given."""
+        seen: list[Tensor] = []
+        middle: Any = self._network().mid_block
+        handle = middle.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        try:
+            self.denoiser(x, t, cond)
+        finally:
+            handle.remove()
+        return seen[0].float()
+
+    def shared_attention(
+        self,
+        before: Sequence[str],
+        after: Sequence[str],
+        cross_share: float,
+        self_share: float,
+        blend: float | None = None,
+    ) -> SharedAttention:
+        """How pictures of P captions are attended to while each is edited to another caption: while less than
+        these shares of the moves is made, and with a threshold in (0, 1) for what may move."""
+        told = dict(padding="max_length", max_length=self.pipe.tokenizer.model_max_length, truncation=True)
+        old, new = (self.pipe.tokenizer(list(some), **told).input_ids for some in (before, after))
+        return SharedAttention(self._network, aligned(old, new), cross_share, self_share, blend)
 
     def be_told(self) -> None:
         """The UNet gets ``time_embedding.cond_proj``, as diffusers builds it for ``time_cond_proj_dim``, of zeros.

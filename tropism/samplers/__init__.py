@@ -6,6 +6,7 @@ from tropism.samplers.consistency import Consistency
 from tropism.samplers.ddim import DDIM
 from tropism.samplers.flow import ConstantSDE, EulerODE, FlowSDE
 from tropism.samplers.heun import Heun
+from tropism.samplers.inversion import invert
 from tropism.samplers.jump import Jump
 from tropism.samplers.next_token import NextPart, NextToken
 from tropism.samplers.parallel import Refined, refine
@@ -27,6 +28,7 @@ __all__ = [
     "NextToken",
     "Refined",
     "Walk",
+    "invert",
     "noise_until",
     "noised_up",
     "recurrent_walk",

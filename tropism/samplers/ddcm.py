@@ -7,15 +7,17 @@ is known, so its state at any time is alpha x_0 + sigma noise and needs no inver
 
 so that only the difference of two beliefs moves the picture: with the same caption twice it comes back exactly.
 
-Departures from sled-group/InfEdit: this is its sampler alone, without the control of attention; both captions have the
-same guidance, without which the picture would not come back; eta is 1, multistep consistency sampling.
+Departures from sled-group/InfEdit: both captions have the same guidance, without which the picture would not come back;
+eta is 1, multistep consistency sampling. Its control of attention is the model's affair (``Attending``).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +29,26 @@ from tropism.samplers.chain import Move
 from tropism.transitions import Gaussian
 
 
+class Mask(Protocol):
+    """What was found out while the network was asked."""
+
+    def __call__(self, like: Tensor) -> Tensor | None:
+        """Of moves ``like`` (B, C, h, w): (B, 1, h, w) of 1 where they are made and 0 elsewhere; None: they are."""
+        ...
+
+
+class Attending(Protocol):
+    """How the network attends in a pass over B known states and, below them, their B others."""
+
+    def __call__(self, rows: Tensor, done: float) -> AbstractContextManager[Mask]:
+        """While the network is asked for rows (B,) of ``source``, with the share ``done`` in [0, 1) of moves made."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class DDCM:
     """A ``Walk`` that edits: ``source`` (P, ...) clean, ``told`` its P conditions, ``row`` the entry of cond (B,) that
-    says which of them a row belongs to.
+    says which of them a row belongs to. ``attending`` says how the second caption's attention follows the first's.
 
     ``strength`` in (0, 1] is the share of the moves that are made, the last ones: the rest of the picture's structure
     is kept. Raises ValueError outside.
@@ -40,6 +58,7 @@ class DDCM:
     told: Cond
     row: str
     strength: float = 1.0
+    attending: Attending | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
@@ -57,10 +76,14 @@ class DDCM:
         start = ts[:1].expand(len(x))
         x = bcast(schedule.alpha(start), x) * clean + bcast(schedule.sigma(start), x) * x.float()
         moved = torch.zeros_like(clean)  # how far the belief is from the picture
-        for now, after in itertools.pairwise(ts):
+        for move, (now, after) in enumerate(itertools.pairwise(ts)):
             t, s = now.expand(len(x)), after.expand(len(x))
             known = x - bcast(schedule.alpha(t), x) * moved
-            moved = self._difference(denoiser, known, x, t, told, cond)
+            done = move / (len(ts) - 1)
+            with nullcontext() if self.attending is None else self.attending(there, done) as mask:
+                moved = self._difference(denoiser, known, x, t, told, cond)
+            kept = None if mask is None else mask(moved)
+            moved = moved if kept is None else moved * kept
             alpha = schedule.alpha(s).where(s > 0, 1.0)
             law = Gaussian(bcast(alpha, x) * (clean + moved), schedule.sigma(s).where(s > 0, 0.0))
             at = bcast(schedule.alpha(t), x), bcast(schedule.sigma(t), x)
