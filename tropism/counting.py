@@ -15,8 +15,18 @@ from tropism.base import Cond, Denoiser, Prediction
 class Counted:
     """A ``base.TextToImage`` that counts the rows its denoiser is asked for; all else is the model's."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.rows = model, 0
+    def __init__(self, model: Any, counts: list[int] | None = None) -> None:
+        self.model = model
+        self._counts = [0] if counts is None else counts
+
+    @property
+    def rows(self) -> int:
+        """Asked for so far."""
+        return self._counts[0]
+
+    def instead(self, model: Any) -> Counted:
+        """Another model, whose rows are counted here as well."""
+        return Counted(model, self._counts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -37,6 +47,6 @@ class _Counting:
         return getattr(self._inner, name)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        self._owner.rows += len(x)
+        self._owner._counts[0] += len(x)
         answer: Prediction = self._inner(x, t, cond)
         return answer
