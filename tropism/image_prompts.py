@@ -36,7 +36,8 @@ def relevance(query: Tensor, key: Tensor, real: Tensor) -> Tensor:
     logits = torch.einsum("bhpd,bmhld->bmhlp", query.detach().float(), key.detach().float())
     attention = (logits * query.shape[-1] ** -0.5).softmax(-1).mean(2)  # (B, M, L, P)
     words = real[..., None].float()
-    return (attention * words).sum(2) / words.sum(2)
+    found: Tensor = (attention * words).sum(2) / words.sum(2)
+    return found
 
 
 def weights(relevance: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -190,9 +190,7 @@ def main() -> None:
         with torch.no_grad():
             hidden = text(data["ids"][rows].long()).last_hidden_state
         told: Any = (hidden, images[:, None].bfloat16())
-        value = v_loss(
-            master.network, data["latents"][rows].float(), told, generator, pipe.scheduler.alphas_cumprod
-        )
+        value = v_loss(master.network, data["latents"][rows].float(), told, generator, pipe.scheduler.alphas_cumprod)
         value.backward()
         norm = stepper.step(master, step)
         running = value.item() if running is None else 0.98 * running + 0.02 * value.item()

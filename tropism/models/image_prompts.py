@@ -29,7 +29,7 @@ class Clip:
     """Embeds pictures and texts as the adapter was trained on them: projected, and not of length 1."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval().requires_grad_(False)
+        self.model: Any = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
         self.processor = CLIPImageProcessor.from_pretrained(str(folder))
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
 

@@ -1,7 +1,7 @@
 """Image prompts: what is drawn looks like a picture, or takes only its style, or shows the objects of several.
 
 Ye et al. 2023: IP-Adapter (2308.06721). Wang et al. 2024: InstantStyle (2404.02733), ``blocks`` and ``content``. Huang
-et al. 2024: MIP-Adapter (2409.17920), ``entities``, with any adapter and without its learnt gate. No reward is followed.
+et al. 2024: MIP-Adapter (2409.17920), ``entities``, with any adapter and no learnt gate. No reward is followed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Settings(SteererSettings):
     references: list[str] = field(default_factory=list)
     """Files of the pictures that are shown to the model."""
     ip_adapter: str = ""
-    """The adapter, a safetensors file in diffusers' format; empty: ip/ip_adapter.safetensors beside the model's folder."""
+    """The adapter, a file in diffusers' format; empty: ip/ip_adapter.safetensors beside the model's own folder."""
     image_encoder: str = ""
     """The folder of the adapter's CLIP; empty: the one that the file names, or image_encoder beside it."""
     scale: float = 1.0
     """How much the pictures count against the prompt, which is 1."""
     blocks: list[str] = field(default_factory=list)
-    """Blocks of the network that see the pictures, as NAME or NAME=SCALE; style and layout where the adapter's file says
-    which these are; none: all."""
+    """Blocks of the network that see the pictures, as NAME or NAME=SCALE; also style or layout, where the adapter's file
+    says which these are; none: all."""
     content: str = ""
     """What the pictures show and is not wanted, as a prompt; it is taken out of their embeddings."""
     subtract: float = 1.0

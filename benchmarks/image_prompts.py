@@ -1,0 +1,264 @@
+"""Image prompts on the shipped Stable-Diffusion-shaped pipeline: agreement, style without content, two references.
+
+Every picture is drawn from the noise of (seed, number of the case); objects are read by the verifier. References are
+held-out combinations, drawn afresh. Prompts name no colour, so that a colour can only come from a reference.
+
+    python benchmarks/image_prompts.py agreement style pair
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import torch
+from guiding import head, load, row
+from PIL import Image
+from torch import Tensor
+
+from tropism import pictures
+from tropism.catalog import WEIGHTS
+from tropism.evaluate import deterministic, draw_images
+from tropism.image_prompts import without_content
+from tropism.models.image_prompts import Clip, ImagePrompted, adapted, by_relevance
+from tropism.worlds.scenes import BACKGROUNDS, SHAPES, Group, Scene, caption, render, sample_scene
+from tropism.worlds.scenes.verify import Found, look
+
+FILE = WEIGHTS / "ip" / "ip_adapter.safetensors"
+BLOCKS = (
+    "down_blocks.0.attentions.0",
+    "mid_block.attentions.0",
+    "up_blocks.0.attentions.0",
+    "up_blocks.0.attentions.1",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and the objects of its references, one each."""
+
+    text: str
+    shown: tuple[Group, ...]
+
+    def reference(self, place: int, seed: int) -> Image.Image:
+        """Alone, on a background that follows from the case's place."""
+        ground = BACKGROUNDS[(place + seed) % len(BACKGROUNDS)]
+        return Image.fromarray(render(Scene((self.shown[place],), None, ground), seed))
+
+
+def without_color(scene: Scene) -> str:
+    """Its caption without a word on colours."""
+    text = caption(scene)
+    for group in scene.groups:
+        text = text.replace(f"{group.color} {group.shape}", group.shape, 1)
+    return re.sub(rf"\ban (?={'|'.join(SHAPES)})", "a ", text)
+
+
+def cases(count: int, kind: str, rng: np.random.Generator, another: bool = False) -> list[Case]:
+    """Held-out scenes whose prompts, without colours, all differ. ``another``: the prompt asks for another shape."""
+    found: dict[str, Case] = {}
+    while len(found) < count:
+        scene = sample_scene(rng, "held_out", kind)
+        groups = tuple(Group(each.shape, each.color) for each in scene.groups)
+        if len({each.shape for each in groups}) + len({each.color for each in groups}) < 2 * len(groups):
+            continue
+        other = str(rng.choice([shape for shape in SHAPES if shape != groups[0].shape]))
+        asked = Scene((Group(other, groups[0].color),), None, scene.background) if another else scene
+        text = without_color(asked)
+        found.setdefault(text, Case(text, groups))
+    return list(found.values())
+
+
+class Drawer:
+    """Draws cases in every way from the same noise."""
+
+    def __init__(self, model: Any, clip: Clip, options: argparse.Namespace, items: list[Case]) -> None:
+        self.model, self.clip, self.options, self.items = model, clip, options, items
+        each = range(len(items[0].shown))
+        self.images = torch.stack([clip.images([case.reference(m, i) for m in each]) for i, case in enumerate(items)])
+
+    def __call__(self, seed: int, how: Callable[[Any, dict[str, Tensor]], Any] | None, images: Tensor | None = None,
+                 texts: Sequence[str] | None = None, **scales: Any) -> Tensor:  # fmt: skip
+        """(N, 3, H, W); ``how`` makes a model of the view with the adapter and the references of each prompt."""
+        texts = [case.text for case in self.items] if texts is None else texts
+        model = self.model
+        if how is not None:
+            own = dict(zip(texts, self.images if images is None else images, strict=True))
+            model = how(adapted(self.model, self.options.adapter, **scales), own)
+        policy = deterministic(model, self.options.steps, None, self.options.batch)
+        return torch.cat([each.float() for each in draw_images(policy, texts, seed)])
+
+
+def objects(images: Tensor) -> list[tuple[Found, ...]]:
+    """What is seen in each picture."""
+    return [look(image).objects for image in images.numpy()]
+
+
+def largest(seen: Sequence[Found]) -> Found:
+    """The object of a picture that asks for one; nothing known where there is none."""
+    return max(seen, key=lambda each: each.radius) if seen else Found(None, None, 0.0, 0.0, 0.0)
+
+
+def shares(values: Sequence[float]) -> str:
+    """The mean over seeds, and every seed."""
+    return f"{np.mean(values):.3f} ({', '.join(f'{value:.2f}' for value in values)})"
+
+
+def agreement(options: argparse.Namespace, model: Any, clip: Clip) -> None:
+    """(a) the reference's colour, where the prompt says a shape; both, where it says nothing."""
+    items = cases(options.cases, "single", np.random.default_rng(11))
+    drawer = Drawer(model, clip, options, items)
+    head("references", "prompt", "colour of the reference", "shape of the reference", "one object", "seconds an image")
+    ways = [("none", None, 1.0), *((f"scale {scale:g}", ImagePrompted, scale) for scale in options.scales)]
+    kept = []
+    for silent in (False, True):
+        for name, how, scale in ways:
+            if silent and how is None:
+                continue
+            texts = [" " * i for i in range(len(items))] if silent else None  # prompts are keys: blanks are all empty
+            color, shape, alone, started = [], [], [], time.perf_counter()
+            for seed in options.seeds:
+                images = drawer(seed, how, texts=texts, scale=scale)
+                seen = objects(images)
+                color.append(np.mean([largest(s).color == c.shown[0].color for s, c in zip(seen, items, strict=True)]))
+                shape.append(np.mean([largest(s).shape == c.shown[0].shape for s, c in zip(seen, items, strict=True)]))
+                alone.append(np.mean([len(s) == 1 for s in seen]))
+                if seed == options.seeds[0]:
+                    kept.append(images[:8])
+            spent = (time.perf_counter() - started) / (len(items) * len(options.seeds))
+            row(name, "nothing" if silent else "the shape", shares(color), shares(shape), shares(alone), f"{spent:.2f}")
+    save(options, "agreement", items, kept)
+
+
+def style(options: argparse.Namespace, model: Any, clip: Clip) -> None:
+    """(b) the prompt asks for another shape than the reference's: style is its colour, content its shape."""
+    items = cases(options.cases, "single", np.random.default_rng(12), another=True)
+    drawer = Drawer(model, clip, options, items)
+    texts = torch.stack([clip.text(f"a {case.shown[0].shape}") for case in items])
+    ways: list[tuple[str, Any, Tensor, dict[str, float] | None]] = [("none", None, drawer.images, None)]
+    ways += [("all blocks", ImagePrompted, drawer.images, None)]
+    ways += [(f"only {name}", ImagePrompted, drawer.images, {name: 1.0}) for name in BLOCKS]
+    for strength in options.subtract:
+        less = torch.stack([without_content(i, t, strength) for i, t in zip(drawer.images, texts, strict=True)])
+        ways += [(f"all blocks, less {strength:g} content", ImagePrompted, less, None)]
+        if options.style:
+            named = dict.fromkeys(options.style, 1.0)
+            ways += [(f"style blocks, less {strength:g} content", ImagePrompted, less, named)]
+    if options.style:
+        ways.insert(-2 * len(options.subtract), ("style blocks", ImagePrompted, drawer.images, named))
+    head("blocks", "style: its colour", "content leaks: its shape", "the prompt's shape", "style / leak, above none")
+    base: tuple[float, float] | None = None
+    kept = []
+    for name, how, images, blocks in ways:
+        color, leak, kept_shape = [], [], []
+        for seed in options.seeds:
+            drawn = drawer(seed, how, images, blocks=blocks)
+            seen = [largest(each) for each in objects(drawn)]
+            color.append(np.mean([f.color == c.shown[0].color for f, c in zip(seen, items, strict=True)]))
+            leak.append(np.mean([f.shape == c.shown[0].shape for f, c in zip(seen, items, strict=True)]))
+            kept_shape.append(np.mean([f.shape == c.text.split()[1] for f, c in zip(seen, items, strict=True)]))
+            if seed == options.seeds[0]:
+                kept.append(drawn[:8])
+        base = base or (float(np.mean(color)), float(np.mean(leak)))
+        gained, leaked = np.mean(color) - base[0], np.mean(leak) - base[1]
+        row(name, shares(color), shares(leak), shares(kept_shape), f"{gained:+.2f} / {leaked:+.2f}")
+    save(options, "style", items, kept)
+
+
+def evenly(query: Tensor, key: Tensor, real: Tensor) -> Tensor:
+    """Every reference everywhere, each by 1: the plain sum."""
+    return torch.ones(*key.shape[:2], query.shape[2])
+
+
+def halves(query: Tensor, key: Tensor, real: Tensor) -> Tensor:
+    """Every reference everywhere, together by 1."""
+    return evenly(query, key, real) / key.shape[1]
+
+
+def pair(options: argparse.Namespace, model: Any, clip: Clip) -> None:
+    """(c) two references: which object has which colour."""
+    items = cases(options.cases, "pair", np.random.default_rng(13))
+    drawer = Drawer(model, clip, options, items)
+    names = {case.text: [f"a {group.shape}" for group in case.shown] for case in items}
+    ways: list[tuple[str, Any]] = [
+        ("no references", None),
+        ("one softmax over both (diffusers)", ImagePrompted),
+        ("plain sum", lambda view, own: ImagePrompted(view, own, names, evenly)),
+        ("mean", lambda view, own: ImagePrompted(view, own, names, halves)),
+        ("weighed by relevance", lambda view, own: ImagePrompted(view, own, names, by_relevance)),
+    ]
+    head("merge", "both shapes seen", "colour right, of shapes seen", "colour of the other", "both right, of all")
+    kept = []
+    for name, how in ways:
+        both, right, other, whole = [], [], [], []
+        for seed in options.seeds:
+            images = drawer(seed, how)
+            told = [colors(seen, case) for seen, case in zip(objects(images), items, strict=True)]
+            flat = [one for each in told for one in each if one is not None]
+            both.append(np.mean([None not in each for each in told]))
+            right.append(np.mean([one == "right" for one in flat]))
+            other.append(np.mean([one == "other" for one in flat]))
+            whole.append(np.mean([each == ["right", "right"] for each in told]))
+            if seed == options.seeds[0]:
+                kept.append(images[:8])
+        row(name, shares(both), shares(right), shares(other), shares(whole))
+    save(options, "pair", items, kept)
+
+
+def colors(seen: Sequence[Found], case: Case) -> list[str | None]:
+    """Of each reference's shape: right, the other's, or wrong colour; None where it is not seen."""
+    found: list[str | None] = []
+    for m, group in enumerate(case.shown):
+        own = [each.color for each in seen if each.shape == group.shape]
+        others = {each.color for k, each in enumerate(case.shown) if k != m}
+        best = "right" if group.color in own else "other" if others & set(own) else "wrong"
+        found.append(best if own else None)
+    return found
+
+
+def save(options: argparse.Namespace, name: str, items: list[Case], kept: list[Tensor]) -> None:
+    """The references of the first cases, then a row a way."""
+    if options.pictures is None:
+        return
+    top = [
+        torch.from_numpy(np.array(items[i].reference(m, i))).permute(2, 0, 1).float() / 255
+        for m in range(len(items[0].shown))
+        for i in range(len(kept[0]))
+    ]
+    images = torch.cat([torch.stack(top), *kept])
+    texts = [case.text for case in items[: len(kept[0])]]
+    blank = [""] * (len(images) - len(texts))
+    pictures.save(pictures.grid(images, [*blank, *texts], columns=len(kept[0])), options.pictures / f"{name}.png")
+
+
+def main() -> None:
+    """Prints the tables that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["agreement", "style", "pair"])
+    parser.add_argument("--adapter", type=Path, default=FILE)
+    parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--subtract", type=float, nargs="+", default=[0.5, 1.0])
+    parser.add_argument("--style", nargs="*", default=[], help="the blocks that the probe found")
+    parser.add_argument("--pictures", type=Path, help="a folder")
+    options = parser.parse_args()
+    model, clip = load("scenes-sd"), Clip(WEIGHTS / "clip")
+    for what in options.what:
+        print(f"\n{what}: {options.cases} cases, seeds {options.seeds}, {options.steps} moves")
+        {"agreement": agreement, "style": style, "pair": pair}[what](options, model, clip)
+
+
+if __name__ == "__main__":
+    main()
