@@ -1,7 +1,8 @@
 """Image prompts on the shipped Stable-Diffusion-shaped pipeline: agreement, style without content, two references.
 
 Every picture is drawn from the noise of (seed, number of the case); objects are read by the verifier. References are
-held-out combinations, drawn afresh. Prompts name no colour, so that a colour can only come from a reference.
+held-out combinations, drawn afresh. Prompts leave out the colours of objects, or their shapes, which can then only come
+from a reference.
 
     python benchmarks/image_prompts.py agreement style pair
 """
@@ -42,6 +43,9 @@ BLOCKS = (
 )
 
 
+How = Callable[[Any, dict[str, Tensor]], Any]
+
+
 @dataclass(frozen=True)
 class Case:
     """A prompt and the objects of its references, one each."""
@@ -55,16 +59,18 @@ class Case:
         return Image.fromarray(render(Scene((self.shown[place],), None, ground), seed))
 
 
-def without_color(scene: Scene) -> str:
-    """Its caption without a word on colours."""
+def told(scene: Scene, what: str) -> str:
+    """Its caption that says of objects only their ``what``: shape, color, or nothing at all."""
+    if what == "nothing":
+        return ""
     text = caption(scene)
     for group in scene.groups:
-        text = text.replace(f"{group.color} {group.shape}", group.shape, 1)
+        text = text.replace(f"{group.color} {group.shape}", getattr(group, what), 1)
     return re.sub(rf"\ban (?={'|'.join(SHAPES)})", "a ", text)
 
 
-def cases(count: int, kind: str, rng: np.random.Generator, another: bool = False) -> list[Case]:
-    """Held-out scenes whose prompts, without colours, all differ. ``another``: the prompt asks for another shape."""
+def cases(count: int, kind: str, rng: np.random.Generator, what: str, another: bool = False) -> list[Case]:
+    """Held-out scenes whose prompts all differ. ``another``: the prompt asks for another shape than the reference's."""
     found: dict[str, Case] = {}
     while len(found) < count:
         scene = sample_scene(rng, "held_out", kind)
@@ -73,7 +79,7 @@ def cases(count: int, kind: str, rng: np.random.Generator, another: bool = False
             continue
         other = str(rng.choice([shape for shape in SHAPES if shape != groups[0].shape]))
         asked = Scene((Group(other, groups[0].color),), None, scene.background) if another else scene
-        text = without_color(asked)
+        text = told(asked, what) or " " * len(found)  # prompts are keys here, and blanks are no words
         found.setdefault(text, Case(text, groups))
     return list(found.values())
 
@@ -114,34 +120,31 @@ def shares(values: Sequence[float]) -> str:
 
 
 def agreement(options: argparse.Namespace, model: Any, clip: Clip) -> None:
-    """(a) the reference's colour, where the prompt says a shape; both, where it says nothing."""
-    items = cases(options.cases, "single", np.random.default_rng(11))
-    drawer = Drawer(model, clip, options, items)
-    head("references", "prompt", "colour of the reference", "shape of the reference", "one object", "seconds an image")
-    ways = [("none", None, 1.0), *((f"scale {scale:g}", ImagePrompted, scale) for scale in options.scales)]
-    kept = []
-    for silent in (False, True):
-        for name, how, scale in ways:
-            if silent and how is None:
-                continue
-            texts = [" " * i for i in range(len(items))] if silent else None  # prompts are keys: blanks are all empty
+    """(a) what the prompt leaves open is the reference's."""
+    head("prompt says", "references", "colour is the reference's", "shape is the reference's", "one object", "seconds")
+    for what in ("shape", "color", "nothing"):
+        items, kept = cases(options.cases, "single", np.random.default_rng(11), what), []
+        drawer = Drawer(model, clip, options, items)
+        ways: list[tuple[str, How | None, float]] = [("none", None, 1.0)]
+        for name, how, scale in [*ways, *((f"scale {each:g}", ImagePrompted, each) for each in options.scales)]:
             color, shape, alone, started = [], [], [], time.perf_counter()
             for seed in options.seeds:
-                images = drawer(seed, how, texts=texts, scale=scale)
+                images = drawer(seed, how, scale=scale)
                 seen = objects(images)
-                color.append(np.mean([largest(s).color == c.shown[0].color for s, c in zip(seen, items, strict=True)]))
-                shape.append(np.mean([largest(s).shape == c.shown[0].shape for s, c in zip(seen, items, strict=True)]))
-                alone.append(np.mean([len(s) == 1 for s in seen]))
+                pairs = [(largest(each), case.shown[0]) for each, case in zip(seen, items, strict=True)]
+                color.append(np.mean([each.color == group.color for each, group in pairs]))
+                shape.append(np.mean([each.shape == group.shape for each, group in pairs]))
+                alone.append(np.mean([len(each) == 1 for each in seen]))
                 if seed == options.seeds[0]:
                     kept.append(images[:8])
             spent = (time.perf_counter() - started) / (len(items) * len(options.seeds))
-            row(name, "nothing" if silent else "the shape", shares(color), shares(shape), shares(alone), f"{spent:.2f}")
-    save(options, "agreement", items, kept)
+            row(what, name, shares(color), shares(shape), shares(alone), f"{spent:.2f}")
+        save(options, f"agreement-{what}", items, kept)
 
 
 def style(options: argparse.Namespace, model: Any, clip: Clip) -> None:
     """(b) the prompt asks for another shape than the reference's: style is its colour, content its shape."""
-    items = cases(options.cases, "single", np.random.default_rng(12), another=True)
+    items = cases(options.cases, "single", np.random.default_rng(12), "shape", another=True)
     drawer = Drawer(model, clip, options, items)
     texts = torch.stack([clip.text(f"a {case.shown[0].shape}") for case in items])
     ways: list[tuple[str, Any, Tensor, dict[str, float] | None]] = [("none", None, drawer.images, None)]
@@ -185,42 +188,50 @@ def halves(query: Tensor, key: Tensor, real: Tensor) -> Tensor:
 
 
 def pair(options: argparse.Namespace, model: Any, clip: Clip) -> None:
-    """(c) two references: which object has which colour."""
-    items = cases(options.cases, "pair", np.random.default_rng(13))
-    drawer = Drawer(model, clip, options, items)
-    names = {case.text: [f"a {group.shape}" for group in case.shown] for case in items}
-    ways: list[tuple[str, Any]] = [
-        ("no references", None),
-        ("one softmax over both (diffusers)", ImagePrompted),
-        ("plain sum", lambda view, own: ImagePrompted(view, own, names, evenly)),
-        ("mean", lambda view, own: ImagePrompted(view, own, names, halves)),
-        ("weighed by relevance", lambda view, own: ImagePrompted(view, own, names, by_relevance)),
-    ]
-    head("merge", "both shapes seen", "colour right, of shapes seen", "colour of the other", "both right, of all")
-    kept = []
-    for name, how in ways:
-        both, right, other, whole = [], [], [], []
-        for seed in options.seeds:
-            images = drawer(seed, how)
-            told = [colors(seen, case) for seen, case in zip(objects(images), items, strict=True)]
-            flat = [one for each in told for one in each if one is not None]
-            both.append(np.mean([None not in each for each in told]))
-            right.append(np.mean([one == "right" for one in flat]))
-            other.append(np.mean([one == "other" for one in flat]))
-            whole.append(np.mean([each == ["right", "right"] for each in told]))
-            if seed == options.seeds[0]:
-                kept.append(images[:8])
-        row(name, shares(both), shares(right), shares(other), shares(whole))
-    save(options, "pair", items, kept)
+    """(c) two references: of the objects that the prompt tells by ``what``, is the other attribute that of the right
+    reference? Entities are the references' own captions."""
+    head(
+        "prompt says",
+        "merge",
+        "both objects seen",
+        "right, of those seen",
+        "the other's, of those seen",
+        "both right, of all",
+    )
+    for what in ("color", "shape"):
+        items, kept = cases(options.cases, "pair", np.random.default_rng(13), what), []
+        drawer = Drawer(model, clip, options, items)
+        names = {each.text: [caption(Scene((group,), None, "white")) for group in each.shown] for each in items}
+        ways: dict[str, How | None] = {
+            "no references": None,
+            "one softmax over both (diffusers)": ImagePrompted,
+            "sum": lambda view, own, names=names: ImagePrompted(view, own, names, evenly),
+            "mean": lambda view, own, names=names: ImagePrompted(view, own, names, halves),
+            "weighed by relevance": lambda view, own, names=names: ImagePrompted(view, own, names, by_relevance),
+        }
+        for name, how in ways.items():
+            both, right, other, whole = [], [], [], []
+            for seed in options.seeds:
+                images = drawer(seed, how)
+                found = [bound(seen, case, what) for seen, case in zip(objects(images), items, strict=True)]
+                flat = [one for each in found for one in each if one is not None]
+                both.append(np.mean([None not in each for each in found]))
+                right.append(np.mean([one == "right" for one in flat]))
+                other.append(np.mean([one == "other" for one in flat]))
+                whole.append(np.mean([each == ["right", "right"] for each in found]))
+                if seed == options.seeds[0]:
+                    kept.append(images[:8])
+            row(what, name, shares(both), shares(right), shares(other), shares(whole))
+        save(options, f"pair-{what}", items, kept)
 
 
-def colors(seen: Sequence[Found], case: Case) -> list[str | None]:
-    """Of each reference's shape: right, the other's, or wrong colour; None where it is not seen."""
-    found: list[str | None] = []
+def bound(seen: Sequence[Found], case: Case, what: str) -> list[str | None]:
+    """Of the object with each reference's ``what``: the rest is right, the other reference's, or wrong; None unseen."""
+    rest, found = {"color": "shape", "shape": "color"}[what], list[str | None]()
     for m, group in enumerate(case.shown):
-        own = [each.color for each in seen if each.shape == group.shape]
-        others = {each.color for k, each in enumerate(case.shown) if k != m}
-        best = "right" if group.color in own else "other" if others & set(own) else "wrong"
+        own = [getattr(each, rest) for each in seen if getattr(each, what) == getattr(group, what)]
+        others = {getattr(each, rest) for k, each in enumerate(case.shown) if k != m}
+        best = "right" if getattr(group, rest) in own else "other" if others & set(own) else "wrong"
         found.append(best if own else None)
     return found
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from families import ROWS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import refused, said
@@ -122,10 +123,10 @@ def plain_pipeline() -> StableDiffusionPipeline:
 def test_plain_diffusers_loads_the_adapter_and_draws_the_same() -> None:
     noise, pipe = normal(2, 8, 8, 8), plain_pipeline()
     pipe.set_ip_adapter_scale(0.8)
-    told = dict(guidance_scale=3.0, num_inference_steps=6, output_type="pt")
+    told = dict(guidance_scale=3.0, num_inference_steps=5, output_type="pt")
     theirs = pipe(TEXTS, ip_adapter_image=[[RED]], latents=noise, **told).images
     prompted = load_pipeline(catalog.WEIGHTS / "sd").image_prompted([RED], scale=0.8)
-    ours = deterministic(prompted, 6, 3.0).images(TEXTS, x=noise)
+    ours = deterministic(prompted, 5, 3.0).images(TEXTS, x=noise)
     assert float((ours - theirs).abs().max()) <= 1e-3
     without = pipe(TEXTS, ip_adapter_image=[[BLUE]], latents=noise, **told).images
     assert float((without - theirs).abs().max()) > 0.1
@@ -195,10 +196,42 @@ def test_blocks_are_the_scales_of_diffusers(model) -> None:
 
     assert scales(view.network) == scales(pipe.unet) and len(set(map(tuple, scales(view.network).values()))) == 2
     assert scales(adapted(model, FILE, {"up": {"block_0": [0.0, 0.5]}}).network) == scales(pipe.unet)
-    with pytest.raises(
-        ValueError, match=r"there is no block 'up_blocks\.7' with an image prompt; wanted some"
-    ):
+    with pytest.raises(ValueError, match=r"there is no block 'up_blocks\.7' with an image prompt; wanted some"):
         adapted(model, FILE, 1.0, {"up_blocks.7": 1.0})
+
+
+def random_adapter(unet, file: Path) -> Path:
+    """For any network of the family, from embeddings of 6 numbers."""
+    wide, state = unet.config.cross_attention_dim, {}
+    for place, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            layer = unet.get_submodule(name.removesuffix(".processor")).to_k
+            for one in ("k", "v"):
+                state[f"ip_adapter.{place}.to_{one}_ip.weight"] = normal(*layer.weight.shape, seed=place)
+    state |= {"image_proj.proj.weight": normal(4 * wide, 6), "image_proj.proj.bias": normal(4 * wide)}
+    save_file(state | {"image_proj.norm.weight": torch.ones(wide), "image_proj.norm.bias": torch.zeros(wide)}, file)
+    return file
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_families_are_diffusers_with_the_adapter(family: str, tmp_path: Path) -> None:
+    model, embeds = ROWS[family].model(onednn=False), normal(2, 6)
+    file = random_adapter(model.pipe.unet, tmp_path / "ip.safetensors")
+    prompted = ImagePrompted(adapted(model, file, 0.5), embeds)
+    merged = ImagePrompted(adapted(model, file, 0.5), embeds[:1], ["a fox"])
+    x, t, cond = normal(1, *model.latent_shape), torch.tensor([400]), prompted.encode(["a fox"])
+    with torch.no_grad():
+        ours, one, before = prompted.net(x, t, cond), merged.net(x, t, merged.encode(["a fox"])), model.net(x, t, cond)
+        pipe = ROWS[family].build()
+        pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="ip.safetensors", image_encoder_folder=None)
+        pipe.set_ip_adapter_scale(0.5)
+        added = model._added(x, cond)
+        theirs = [
+            pipe.unet(x, t, cond[TEXT], added_cond_kwargs=added | {IMAGES: [each[None]]}).sample
+            for each in (embeds, embeds[:1])
+        ]
+    assert float((ours - theirs[0]).abs().max()) <= 1e-5 and float((one - theirs[1]).abs().max()) <= 1e-5
+    assert float((ours - before).abs().max()) > 1e-3
 
 
 # A model that stays as it was.
@@ -287,6 +320,7 @@ def test_the_command_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         (["--references", "a.png", "--ip-adapter", "no"], "ip_adapter is no, which is no file"),
         (["--references", "a.png", "--ip-adapter", "text.txt"], "text.txt is not a safetensors file"),
         (["--references", "a.png", "--ip-adapter", "half.safetensors"], "wanted image_proj and ip_adapter, filled"),
+        (["--references", "a.png", "--ip-adapter", "plus.safetensors"], "is a Plus, Full or FaceID adapter"),
         (["--references", "a.png", "--ip-adapter", "other.safetensors"], "is no IP-Adapter of this network"),
         (["--references", "a.png", "--ip-adapter", "far.safetensors"], "there is no CLIP in"),
     ],
@@ -300,6 +334,7 @@ def test_bad_input_is_one_sentence(
     weights, named = load_file(FILE), {"image_encoder": str(catalog.WEIGHTS / "clip")}
     save_file(weights, "far.safetensors")
     save_file({"image_proj.proj.weight": weights["image_proj.proj.weight"]}, "half.safetensors")
+    save_file({"image_proj.latents": torch.zeros(1), "ip_adapter.1.to_k_ip.weight": torch.zeros(1)}, "plus.safetensors")
     other = {name: value[:8, :8].contiguous() if value.ndim == 2 else value for name, value in weights.items()}
     save_file(other, "other.safetensors", named)
     command = [

@@ -10,12 +10,16 @@ encoder says at four words of the reference's caption (colour, shape, background
 where keys and values start as those of the text. Matrices are stepped by Muon, as in ``sd.py``.
 
     python recipes/scenes/ip_adapter.py --out ~/scenes-weights/ip
+
+The pipeline and the CLIP are the installed ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +31,71 @@ from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnPro
 from fit import Master, Stepper
 from safetensors.torch import load_file, save_file
 from sd import v_loss
-from text import tokenize
+from text import LENGTH, tokenize
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from tropism.catalog import WEIGHTS
+from tropism.models.image_prompts import Relevant, by_relevance, read_adapter
 from tropism.worlds.scenes import BACKGROUNDS, SHAPES, SIZES, Group, Scene, caption, render_batch, sample_scene
 from tropism.worlds.scenes.grammar import split_of
 
-FULL, COLOURLESS = 0.25, 0.5  # shares of captions; the others are empty
+FORMS = {"all": 0.2, "shapes": 0.3, "colors": 0.3, "nothing": 0.2}  # shares of captions, by what they say of objects
 DROPPED = 0.1  # share of references that are left out, for guidance
 File = dict[str, dict[str, Tensor]]
 
 
-def without_colors(text: str, groups: tuple[Group, ...]) -> str:
-    """The caption without the colours of these objects."""
-    for group in groups:
-        text = text.replace(f"{group.color} {group.shape}", group.shape, 1)
+def less(text: str, groups: Sequence[Group], form: str) -> str:
+    """The caption without the colours of these objects, or without their shapes, or as it is, or nothing."""
+    if form == "nothing":
+        return ""
+    for group in groups if form != "all" else ():
+        kept = group.shape if form == "shapes" else group.color
+        text = re.sub(rf"{group.color} {group.shape}(es|s)?", kept + (r"\1" if form == "shapes" else ""), text, count=1)
     return re.sub(rf"\ban (?={'|'.join(SHAPES)})", "a ", text)
 
 
-def draw(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, list[str], list[Scene]]:
-    """``count`` pictures, their references (N, 64, 64, 3) uint8 each, what is said of the pictures, and the scenes of
-    the references. No held-out combination is shown, in references neither."""
-    scenes, references, said = [], [], []
+def named(group: Group) -> str:
+    """What a reference is called: its own caption, the one form in which the text encoder has seen objects alone."""
+    return caption(Scene((Group(group.shape, group.color),), None, "white"))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """N pictures with two references each, which are equal where there is one."""
+
+    pictures: np.ndarray  # (N, 64, 64, 3) uint8
+    references: np.ndarray  # (2 N, 64, 64, 3) uint8, those of a picture together
+    said: list[str]  # N
+    names: list[str]  # 2 N
+    shown: list[Scene]  # 2 N
+
+
+def draw(rng: np.random.Generator, count: int) -> Drawn:
+    """No held-out combination is shown, in references neither."""
+    scenes: list[Scene] = []
+    shown: list[Scene] = []
+    said, names = [], []
     for kind in rng.choice(len(KINDS), size=count, p=SHARES):
         scene = sample_scene(rng, "train", KINDS[kind])
-        group = scene.groups[rng.integers(len(scene.groups))]
-        size, ground = rng.choice([None, *SIZES]), str(rng.choice(BACKGROUNDS))
-        alone = Scene((Group(group.shape, group.color, size),), None, ground)
-        whole = rng.random() < 0.5 or split_of(alone) != "train"
-        references.append(scene if whole else alone)
+        first, second = scene.groups[0], scene.groups[-1]
+        alone = [
+            Scene((Group(each.shape, each.color, rng.choice([None, *SIZES])),), None, str(rng.choice(BACKGROUNDS)))
+            for each in (first, second)
+        ]
+        whole = rng.random() < (0.3 if KINDS[kind] == "pair" else 0.5) or any(
+            split_of(each) != "train" for each in alone
+        )
+        pair = [scene, scene] if whole else alone if first is not second else [alone[0], alone[0]]
         scenes.append(scene)
-        form = rng.random()
-        text = caption(scene) if form < FULL + COLOURLESS else ""
-        said.append(text if form < FULL else without_colors(text, scene.groups if whole else (group,)))
-    seeds = rng.integers(0, 2**31, size=(2, count)).tolist()
-    return render_batch(scenes, seeds[0]), render_batch(references, seeds[1]), said, references
+        shown += pair
+        names += [named(each.groups[0]) for each in pair]
+        said.append(less(caption(scene), scene.groups, str(rng.choice(list(FORMS), p=list(FORMS.values())))))
+    seeds = rng.integers(0, 2**31, size=(2, count))
+    equal = [a is b for a, b in zip(shown[::2], shown[1::2], strict=True)]
+    others = np.where(equal, seeds[1], rng.integers(0, 2**31, size=count))
+    references = render_batch(shown, np.stack([seeds[1], others], axis=1).flatten().tolist())
+    return Drawn(render_batch(scenes, seeds[0].tolist()), references, said, names, shown)
 
 
 def hidden_words(pipe: Any, scenes: list[Scene]) -> Tensor:
@@ -81,23 +113,24 @@ def hidden_words(pipe: Any, scenes: list[Scene]) -> Tensor:
 @torch.no_grad()
 def encoded(pipe: Any, clip: Any, count: int, seed: int) -> dict[str, Tensor]:
     """Latents of pictures, embeddings of references, token ids: everything that needs no training, once."""
-    parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "ids": [], "words": []}
+    parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "ids": [], "names": [], "words": []}
     for start in range(0, count, 500):
-        pictures, references, said, shown = draw(np.random.default_rng([seed, start]), 500)
+        drawn = draw(np.random.default_rng([seed, start]), 500)
         with torch.autocast("cpu", torch.bfloat16):
-            parts["latents"].append(pipe.vae.encoder(to_tensor(pictures)).half())
-            parts["images"].append(clip(to_tensor(references)).image_embeds.float())
-        parts["ids"].append(tokenize(pipe.tokenizer, said).short())
-        parts["words"].append(hidden_words(pipe, shown))
+            parts["latents"].append(pipe.vae.encoder(to_tensor(drawn.pictures)).half())
+            parts["images"].append(clip(to_tensor(drawn.references)).image_embeds.float().unflatten(0, (-1, 2)))
+        parts["ids"].append(tokenize(pipe.tokenizer, drawn.said).short())
+        parts["names"].append(tokenize(pipe.tokenizer, drawn.names).short().unflatten(0, (-1, 2)))
+        parts["words"].append(hidden_words(pipe, drawn.shown[::2]))
     return {name: torch.cat(values).contiguous() for name, values in parts.items()}
 
 
 def initial(pipe: Any, images: Tensor, words: Tensor) -> File:
     """Keys and values as those of the text, in the names and order of diffusers' files; the projection is the
-    least-squares map from ``images`` (N, D) to ``words`` (N, 4, width)."""
+    least-squares map from the first of ``images`` (N, 2, D) to ``words`` (N, 4, width)."""
     norm, layers = pipe.text_encoder.final_layer_norm, {}
     wanted = ((words - norm.bias) / norm.weight).flatten(1)  # before the norm's own scale, which the projection has too
-    known = torch.cat([images, torch.ones(len(images), 1)], dim=1)
+    known = torch.cat([images[:, 0], torch.ones(len(images), 1)], dim=1)
     found = torch.linalg.lstsq(known.double(), wanted.double()).solution.float()
     projection = {"proj.weight": found[:-1].T.contiguous(), "proj.bias": found[-1]}
     for place, name in enumerate(pipe.unet.attn_processors):
@@ -116,7 +149,8 @@ def written(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     found = {f"image_proj.proj.{key}": value for key, value in projection.image_embeds.state_dict().items()}
     found |= {f"image_proj.norm.{key}": value for key, value in projection.norm.state_dict().items()}
     for place, processor in enumerate(unet.attn_processors.values()):
-        if isinstance(processor, nn.Module):
+        if isinstance(processor, Relevant):
+            processor = processor.inner
             found[f"ip_adapter.{place}.to_k_ip.weight"] = processor.to_k_ip[0].weight
             found[f"ip_adapter.{place}.to_v_ip.weight"] = processor.to_v_ip[0].weight
     return {name: value.detach().half().contiguous() for name, value in found.items()}
@@ -139,6 +173,20 @@ def _with_weights(unet: UNet2DConditionModel) -> list[nn.Module]:
     return [processor for processor in unet.attn_processors.values() if isinstance(processor, nn.Module)]
 
 
+@torch.no_grad()
+def told_text(encoder: Any, ids: Tensor, names: Tensor) -> Tensor:
+    """(N, 3 LENGTH, width): what is said of prompts (N, LENGTH), and at the words of names (N, 2, LENGTH), as
+    ``ImagePrompted`` tells it."""
+    count = len(ids)
+    hidden = encoder(torch.cat([ids, names.flatten(0, 1)])).last_hidden_state
+    words = (names != names[..., :1]) & (
+        names != names[..., -1:]
+    )  # neither the start mark nor the end mark and padding
+    return torch.cat(
+        [hidden[:count], (hidden[count:] * words.flatten(0, 1)[..., None]).unflatten(0, (-1, 2)).flatten(1, 2)], 1
+    )
+
+
 def plain_attention(unet: UNet2DConditionModel) -> None:
     """diffusers' attention without the fused kernel, whose backward is slow on a CPU; the weights stay the same."""
     processors: dict[str, Any] = {}
@@ -147,6 +195,7 @@ def plain_attention(unet: UNet2DConditionModel) -> None:
         if isinstance(old, nn.Module):
             processors[name] = IPAdapterAttnProcessor(old.hidden_size, old.cross_attention_dim, old.num_tokens)
             processors[name].to_k_ip, processors[name].to_v_ip = old.to_k_ip, old.to_v_ip
+            processors[name] = Relevant(processors[name], LENGTH, by_relevance)
     unet.set_attn_processor(processors)
 
 
@@ -158,6 +207,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="an adapter to start from; none: see above")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "sd", dtype=torch.float32)
@@ -169,10 +219,13 @@ def main() -> None:
     log(encoded=len(data["latents"]))
     unet = pipe.unet.requires_grad_(False).eval()
     with torch.no_grad():
-        unet._load_ip_adapter_weights(initial(pipe, data["images"], data["words"]))
+        begin = read_adapter(args.start)[0] if args.start else initial(pipe, data["images"], data["words"])
+        unet._load_ip_adapter_weights(
+            {part: {k: v.float() for k, v in values.items()} for part, values in begin.items()}
+        )
     plain_attention(unet)
     adapter = Adapter(unet)
-    stepper = Stepper(adapter, args.lr, args.steps, decay=0.98, warmup=20)
+    stepper = Stepper(adapter, args.lr, args.steps, decay=0.97, warmup=20)
     first = stepper.load(args.out)
     master = Master(adapter)
     fast = master.network.__dict__["unet"].bfloat16().to(memory_format=torch.channels_last)
@@ -187,9 +240,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
         images = data["images"][rows].clone()
         images[torch.rand(len(rows), generator=generator) < DROPPED] = 0.0
-        with torch.no_grad():
-            hidden = text(data["ids"][rows].long()).last_hidden_state
-        told: Any = (hidden, images[:, None].bfloat16())
+        told: Any = (told_text(text, data["ids"][rows].long(), data["names"][rows].long()), images.bfloat16())
         value = v_loss(master.network, data["latents"][rows].float(), told, generator, pipe.scheduler.alphas_cumprod)
         value.backward()
         norm = stepper.step(master, step)
@@ -199,7 +250,8 @@ def main() -> None:
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             stepper.save(args.out, step + 1)
     stepper.average.copy_to(adapter)
-    save_file(written(unet), args.out / "ip_adapter.safetensors", {"image_encoder": "../clip"})
+    (args.out / "final").mkdir(exist_ok=True)
+    save_file(written(unet), args.out / "final" / "ip_adapter.safetensors", {"image_encoder": "../clip"})
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class ImagePrompted:
 
     def _entities(self, names: Sequence[str]) -> Tensor:
         """(M L, C): what the text encoder says at the words of each name alone; zeros elsewhere."""
-        states = self.model.encode(list(names))[TEXT].clone()
+        states: Tensor = self.model.encode(list(names))[TEXT].clone()
         for row, name in zip(states, names, strict=True):
             words = len(self.model.pipe.tokenizer(name, add_special_tokens=False).input_ids)
             row[0], row[1 + words :] = 0.0, 0.0  # the start mark, the end mark and padding
@@ -194,6 +194,8 @@ def read_adapter(file: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[s
         raise ValueError(f"{file} is not a safetensors file that can be read ({error})") from error
     if set(state) != {"image_proj", "ip_adapter"} or not all(state.values()):
         raise ValueError(f"{file} has the parts {', '.join(sorted(state))}; wanted image_proj and ip_adapter, filled")
+    if "proj.weight" not in state["image_proj"]:
+        raise ValueError(f"{file} is a Plus, Full or FaceID adapter; wanted a plain one, which takes CLIP's projection")
     return state, metadata
 
 

@@ -29,7 +29,7 @@ class Settings(SteererSettings):
     scale: float = 1.0
     """How much the pictures count against the prompt, which is 1."""
     blocks: list[str] = field(default_factory=list)
-    """Blocks of the network that see the pictures, as NAME or NAME=SCALE; also style or layout, where the adapter's file
+    """Blocks of the network that see the pictures, as NAME or NAME=SCALE, or style or layout where the adapter's file
     says which these are; none: all."""
     content: str = ""
     """What the pictures show and is not wanted, as a prompt; it is taken out of their embeddings."""
