@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=FILE)
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
     parser.add_argument("--subtract", type=float, nargs="+", default=[0.5, 1.0])
