@@ -143,38 +143,40 @@ def agreement(options: argparse.Namespace, model: Any, clip: Clip) -> None:
 
 
 def style(options: argparse.Namespace, model: Any, clip: Clip) -> None:
-    """(b) the prompt asks for another shape than the reference's: style is its colour, content its shape."""
-    items = cases(options.cases, "single", np.random.default_rng(12), "shape", another=True)
-    drawer = Drawer(model, clip, options, items)
-    texts = torch.stack([clip.text(f"a {case.shown[0].shape}") for case in items])
-    ways: list[tuple[str, Any, Tensor, dict[str, float] | None]] = [("none", None, drawer.images, None)]
-    ways += [("all blocks", ImagePrompted, drawer.images, None)]
-    ways += [(f"only {name}", ImagePrompted, drawer.images, {name: 1.0}) for name in BLOCKS]
-    for strength in options.subtract:
-        less = torch.stack([without_content(i, t, strength) for i, t in zip(drawer.images, texts, strict=True)])
-        ways += [(f"all blocks, less {strength:g} content", ImagePrompted, less, None)]
-        if options.style:
-            named = dict.fromkeys(options.style, 1.0)
-            ways += [(f"style blocks, less {strength:g} content", ImagePrompted, less, named)]
-    if options.style:
-        ways.insert(-2 * len(options.subtract), ("style blocks", ImagePrompted, drawer.images, named))
-    head("blocks", "style: its colour", "content leaks: its shape", "the prompt's shape", "style / leak, above none")
-    base: tuple[float, float] | None = None
-    kept = []
-    for name, how, images, blocks in ways:
-        color, leak, kept_shape = [], [], []
-        for seed in options.seeds:
-            drawn = drawer(seed, how, images, blocks=blocks)
-            seen = [largest(each) for each in objects(drawn)]
-            color.append(np.mean([f.color == c.shown[0].color for f, c in zip(seen, items, strict=True)]))
-            leak.append(np.mean([f.shape == c.shown[0].shape for f, c in zip(seen, items, strict=True)]))
-            kept_shape.append(np.mean([f.shape == c.text.split()[1] for f, c in zip(seen, items, strict=True)]))
-            if seed == options.seeds[0]:
-                kept.append(drawn[:8])
-        base = base or (float(np.mean(color)), float(np.mean(leak)))
-        gained, leaked = np.mean(color) - base[0], np.mean(leak) - base[1]
-        row(name, shares(color), shares(leak), shares(kept_shape), f"{gained:+.2f} / {leaked:+.2f}")
-    save(options, "style", items, kept)
+    """(b) which block carries what: colour (style) where the prompt asks for another shape than the reference's, and
+    shape (content) where it asks for a colour only; then both with the content's text taken out."""
+    drawers = {}
+    for what in ("shape", "color"):
+        items = cases(options.cases, "single", np.random.default_rng(12), what, another=what == "shape")
+        drawers[what] = Drawer(model, clip, options, items)
+    chosen = dict.fromkeys(options.style, 1.0)
+    ways: list[tuple[str, How | None, float, dict[str, float] | None]] = [("none", None, 0.0, None)]
+    ways += [("all blocks", ImagePrompted, 0.0, None)]
+    ways += [(f"only {name}", ImagePrompted, 0.0, {name: 1.0}) for name in BLOCKS]
+    ways += [(f"all blocks, less {each:g} content", ImagePrompted, each, None) for each in options.subtract]
+    ways += [
+        (f"style block, less {each:g} content", ImagePrompted, each, chosen) for each in options.subtract if chosen
+    ]
+    head("blocks", "style: its colour", "its shape, against the prompt's", "the prompt's shape", "content: its shape")
+    kept: dict[str, list[Tensor]] = {"shape": [], "color": []}
+    for name, how, strength, blocks in ways:
+        found: dict[str, list[float]] = {"color": [], "leak": [], "asked": [], "content": []}
+        for what, drawer in drawers.items():
+            texts = torch.stack([clip.text(f"a {case.shown[0].shape}") for case in drawer.items])
+            images = without_content(drawer.images, texts[:, None], strength)
+            for seed in options.seeds:
+                drawn = drawer(seed, how, images, blocks=blocks)
+                pairs = list(zip(map(largest, objects(drawn)), drawer.items, strict=True))
+                shapes = float(np.mean([seen.shape == case.shown[0].shape for seen, case in pairs]))
+                found["leak" if what == "shape" else "content"].append(shapes)
+                if what == "shape":
+                    found["color"].append(float(np.mean([seen.color == case.shown[0].color for seen, case in pairs])))
+                    found["asked"].append(float(np.mean([seen.shape == case.text.split()[1] for seen, case in pairs])))
+                if seed == options.seeds[0]:
+                    kept[what].append(drawn[:8])
+        row(name, *(shares(values) for values in found.values()))
+    for what, drawer in drawers.items():
+        save(options, f"style-{what}", drawer.items, kept[what])
 
 
 def evenly(query: Tensor, key: Tensor, real: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--subtract", type=float, nargs="+", default=[0.5, 1.0])
+    parser.add_argument("--subtract", type=float, nargs="+", default=[0.25])
     parser.add_argument("--style", nargs="*", default=[], help="the blocks that the probe found")
     parser.add_argument("--pictures", type=Path, help="a folder")
     options = parser.parse_args()
