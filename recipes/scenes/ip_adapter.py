@@ -41,6 +41,7 @@ from tropism.worlds.scenes import BACKGROUNDS, SHAPES, SIZES, Group, Scene, capt
 from tropism.worlds.scenes.grammar import split_of
 
 FORMS = {"all": 0.2, "shapes": 0.3, "colors": 0.3, "nothing": 0.2}  # shares of captions, by what they say of objects
+SAID = {"image_encoder": "../clip", "style": "up_blocks.0.attentions.1"}  # where its CLIP lies, and what a probe found
 DROPPED = 0.1  # share of references that are left out, for guidance
 File = dict[str, dict[str, Tensor]]
 
@@ -251,7 +252,7 @@ def main() -> None:
             stepper.save(args.out, step + 1)
     stepper.average.copy_to(adapter)
     (args.out / "final").mkdir(exist_ok=True)
-    save_file(written(unet), args.out / "final" / "ip_adapter.safetensors", {"image_encoder": "../clip"})
+    save_file(written(unet), args.out / "final" / "ip_adapter.safetensors", SAID)
 
 
 if __name__ == "__main__":
