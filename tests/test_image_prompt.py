@@ -196,6 +196,8 @@ def test_blocks_are_the_scales_of_diffusers(model) -> None:
 
     assert scales(view.network) == scales(pipe.unet) and len(set(map(tuple, scales(view.network).values()))) == 2
     assert scales(adapted(model, FILE, {"up": {"block_0": [0.0, 0.5]}}).network) == scales(pipe.unet)
+    named = model.image_prompted([RED], blocks={"style": 1.0})
+    assert scales(named.network) == scales(adapted(model, FILE, {"up": {"block_0": [0.0, 1.0]}}).network)
     with pytest.raises(ValueError, match=r"there is no block 'up_blocks\.7' with an image prompt; wanted some"):
         adapted(model, FILE, 1.0, {"up_blocks.7": 1.0})
 
