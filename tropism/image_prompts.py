@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def without_content(images: Tensor, text: Tensor, strength: float = 1.0) -> Tensor:
-    """images (..., D) - strength text (D,) or (..., D), both from one CLIP, its projections as they are (2404.02733, section 3.2).
+    """images (..., D) - strength text (D,) or (..., D), both projections of one CLIP as they are (2404.02733).
 
     Raises ValueError for embeddings of different width, which are of different spaces.
     """
