@@ -20,7 +20,7 @@ both = pytest.mark.parametrize("folder", [SD, FLOW], ids=["sd", "flow"])
 LIMIT = 30 * 2**20  # bytes of one shipped folder
 
 
-@pytest.mark.parametrize("name", ["sd", "flow", "lcm", "clip"])
+@pytest.mark.parametrize("name", ["sd", "flow", "lcm", "clip", "ip"])
 def test_a_shipped_folder_is_small_and_has_nothing_pickled(name):
     files = [file for file in (catalog.WEIGHTS / name).rglob("*") if file.is_file()]
     assert 0 < sum(file.stat().st_size for file in files) <= LIMIT

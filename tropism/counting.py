@@ -36,8 +36,18 @@ class Counting:
 class Counted:
     """A ``base.TextToImage`` that counts the rows its denoiser is asked for; all else is the model's."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.rows = model, 0
+    def __init__(self, model: Any, counts: list[int] | None = None) -> None:
+        self.model = model
+        self._counts = [0] if counts is None else counts
+
+    @property
+    def rows(self) -> int:
+        """Asked for so far."""
+        return self._counts[0]
+
+    def instead(self, model: Any) -> Counted:
+        """Another model, whose rows are counted here as well."""
+        return Counted(model, self._counts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -48,4 +58,4 @@ class Counted:
         return Counting(self.model.denoiser, self._add)
 
     def _add(self, rows: int) -> None:
-        self.rows += rows
+        self._counts[0] += rows

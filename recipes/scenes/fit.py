@@ -48,11 +48,11 @@ class Master:
 class Stepper:
     """One optimizer step at a time, with its average and its saved state."""
 
-    def __init__(self, network: nn.Module, lr: float, steps: int, decay: float = 0.999) -> None:
+    def __init__(self, network: nn.Module, lr: float, steps: int, decay: float = 0.999, warmup: int = 200) -> None:
         hidden, rest = split_parameters(network)
         muon = torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        self.network, self.lr, self.steps = network, lr, steps
+        self.network, self.lr, self.steps, self.warmup = network, lr, steps, warmup
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (muon, adam)
         self.average = Average(network, decay)
         self.state = ({"network": network}, {"network": self.average}, {"muon": muon, "adam": adam})
@@ -70,7 +70,7 @@ class Stepper:
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * cosine(step, self.steps, 200)
+                group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
             optimizer.step()
         master.push_weights()
         self.average.update(self.network, step)

@@ -1,4 +1,4 @@
-"""Make the shipped scenes weights again, from nothing: autoencoder, latents, two pipelines, CLIP. Resumable.
+"""Make the shipped scenes weights again, from nothing: autoencoder, latents, pipelines, CLIP, IP-Adapter. Resumable.
 
     python recipes/scenes/make.py --work ~/scenes-weights
 
@@ -40,12 +40,13 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
         ),
         (work / "lcm/pipeline/model_index.json", ["few.py", "--out", str(work / "lcm")]),
         (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
+        (work / "ip/final/ip_adapter.safetensors", ["ip_adapter.py", "--out", str(work / "ip")]),
     ]
 
 
 def install(work: Path) -> None:
-    """Copies finished pipelines, with their default guidance and steps, and the CLIP."""
-    made = {"sd": "sd/pipeline", "flow": "flow/pipeline", "lcm": "lcm/pipeline", "clip": "clip/final"}
+    """Copies finished pipelines, with their default guidance and steps, the CLIP and the IP-Adapter."""
+    made = {"sd": "sd/pipeline", "flow": "flow/pipeline", "lcm": "lcm/pipeline", "clip": "clip/final", "ip": "ip/final"}
     for name, source in made.items():
         if not (work / source).is_dir():
             continue

@@ -86,6 +86,12 @@ class Linear(nn.Module):
         super().__init__()
         self._layer: tuple[Any] = (layer,)  # in a tuple: not a submodule, its parameters are the original's
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, which some modules ask for its type."""
+        weight: Tensor = self._layer[0].weight
+        return weight
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out); some networks name the argument."""
         layer = self._layer[0]

@@ -7,6 +7,7 @@ UNet that takes guidance as an input, as LCM's, is told it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from tropism.base import Cond
 from tropism.denoisers import TOLD
 from tropism.models.adapters import Full
 from tropism.models.ddpm_pipeline import DDPMPipeline
+from tropism.models.image_prompts import IMAGES, image_prompted
 from tropism.models.latent_pipeline import NO_FLOW, About
 from tropism.models.shared_attention import SharedAttention, aligned
 
@@ -64,7 +66,7 @@ class StableDiffusion(DDPMPipeline):
             tau,
             encoder_hidden_states=cond["prompt_embeds"],
             timestep_cond=self._guidance(net, x, cond),
-            added_cond_kwargs=self._added(x, cond),
+            added_cond_kwargs=self._added(x, cond) | {name: [cond[name]] for name in (IMAGES,) if name in cond},
             return_dict=False,
         )[0]
         return output
@@ -126,8 +128,12 @@ class StableDiffusion(DDPMPipeline):
         self._trained.parameters.append(told.weight)
         self._twins.clear()
 
-    def _added(self, x: Tensor, cond: Cond) -> dict[str, Tensor] | None:
-        return None
+    def _added(self, x: Tensor, cond: Cond) -> dict[str, Any]:
+        return {}
+
+    def image_prompted(self, images: Sequence[Any], file: str | Path | None = None, *how: Any, **more: Any) -> Any:
+        """This model, shown PIL pictures; see ``image_prompts.image_prompted``."""
+        return image_prompted(self, images, file, *how, **more)
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         return {"prompt_embeds": self.pipe.encode_prompt(prompts, self.device, 1, False)[0]}

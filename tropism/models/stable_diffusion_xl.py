@@ -36,7 +36,7 @@ class StableDiffusionXL(StableDiffusion):
                 f"the unet is told {found} numbers besides the prompt; wanted {wanted}, as SDXL's base model"
             )
 
-    def _added(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+    def _added(self, x: Tensor, cond: Cond) -> dict[str, Any]:
         factor = self.pipe.vae_scale_factor
         height, width = x.shape[2] * factor, x.shape[3] * factor
         sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), 6)

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Prompts, Reward, pick, take
+from tropism.base import Cond, Prompts, Reward, TextToImage, pick, take
 from tropism.counting import Counted
 from tropism.guidance import ROW
 from tropism.particles import Particles
@@ -122,6 +122,11 @@ class Task:
                 "a guide of this sample decides how its chain is walked, and so does this search; take best-of-n, or "
                 "leave the guide out"
             )
+
+    def drawn_by(self, model: TextToImage) -> Task:
+        """By another model, whose calls are counted as the first one's."""
+        own = self.policy.model
+        return replace(self, policy=self.policy.with_(model=own.instead(model) if isinstance(own, Counted) else model))
 
     def guided(self, guide: Guide) -> Task:
         """With ``guide`` around what the policy has already."""
