@@ -122,8 +122,8 @@ def test_a_long_clip_begins_with_the_one_that_is_drawn_and_goes_on() -> None:
     assert torch.equal(extend(policy, [row[:1] for row in rows], torch.Generator().manual_seed(0)), first)
 
 
-def test_a_clip_across_the_seam_changes_what_it_spans_and_is_held_by_both() -> None:
-    """Held to the end, its told frames are those of its neighbours, and only the free frame is new."""
+def test_a_clip_across_the_seam_changes_its_free_frames_alone() -> None:
+    """Of ten frames of two clips of six, the two at the seam; and they depend on how long their neighbours are held."""
     policy, rows = toy(frames=6), [[PROMPTS[1], PROMPTS[2]]]
 
     def drawn(until: float, look_back: int) -> torch.Tensor:
@@ -132,15 +132,16 @@ def test_a_clip_across_the_seam_changes_what_it_spans_and_is_held_by_both() -> N
     plain, back = drawn(0.0, 0), drawn(0.0, 2)
     changed = [bool((plain[:, f] != back[:, f]).any()) for f in range(10)]
     assert changed == [False] * 5 + [True] * 2 + [False] * 3
+    assert not torch.equal(back, torch.cat([back[:, :5], drawn(0.6, 2)[:, 5:7], back[:, 7:]], 1))
     plain, back = drawn(0.6, 0), drawn(0.6, 2)
     changed = [bool((plain[:, f] != back[:, f]).any()) for f in range(10)]
-    assert changed == [False] * 3 + [True] * 6 + [False]
+    assert changed == [False] * 5 + [True] * 2 + [False] * 3
 
 
 def test_a_pipeline_draws_a_longer_strip() -> None:
     model = wrap_pipeline(v_clips(), image_size=(tiny.IMAGE_SIZE, tiny.IMAGE_SIZE))
     policy = Policy(model, DDIM(0.0), 2)
-    long = extend(policy, [["a red fox", "a blue fox"]], torch.Generator().manual_seed(0), Extension(1))
+    long = extend(policy, [["a red fox", "a blue fox"]], torch.Generator().manual_seed(0), Extension(1, look_back=1))
     assert long.shape == (1, 4, 2 * tiny.FRAMES - 1, 8, 8)
     assert policy.decode(long).shape == (1, 3, 16, 16 * (2 * tiny.FRAMES - 1))
     first = policy.draw(["a red fox"], torch.Generator().manual_seed(0))
@@ -151,9 +152,9 @@ def test_a_pipeline_draws_a_longer_strip() -> None:
     ("how", "sentence"),
     [
         (Extension(0), "shared is 0; wanted 1 to 3"),
-        (Extension(4), "shared is 4; wanted 1 to 3"),
+        (Extension(4, look_back=0), "shared is 4; wanted 1 to 3"),
         (Extension(2, look_back=2), "wanted them to leave a frame free"),
-        (Extension(2, step=1.5), "until is 0.6 and step 1.5"),
+        (Extension(2, step=1.5), "until is 0.2 and step 1.5"),
         (Extension(2, until=-1.0), "until is -1.0"),
     ],
 )

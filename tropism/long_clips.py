@@ -2,8 +2,8 @@
 
 Clip k + 1 starts from the noise of clip k reordered, and its first ``shared`` frames are the last of clip k. Then, with
 ``look_back``, a clip is drawn across every seam: its first frames are told what was believed of clip k, its last
-``look_back`` frames of clip k + 1, and the free frames between them lie on the seam. It takes the place of what it
-spans.
+``look_back`` frames of clip k + 1, and the free frames between them, which lie on the seam, take the place of those that
+that were there.
 
 How the clip across a seam is placed is our reading: the authors' repository is empty. The free frames take the noise of
 the clip that the long clip has them from.
@@ -26,7 +26,8 @@ from tropism.samplers.cono import Continued, Overlap, beliefs, extended_noise, f
 
 @dataclass(frozen=True)
 class Extension:
-    """How clips are joined: the numbers of the paper in shares of its grid, where they have one.
+    """How clips are joined. ``until`` is the paper's (10 of 50 moves are left), its clips of 16 frames share 6 and look
+    back 8.
 
     ``shared`` frames of two neighbours are the same; until time ``until`` the one is told what was believed of the
     other, and above 1 never. ``step`` draws the means of the believed noise together, 1 makes them equal. ``look_back``
@@ -34,9 +35,9 @@ class Extension:
     """
 
     shared: int = 2
-    until: float = 0.6
+    until: float = 0.2
     step: float = 0.0
-    look_back: int = 0
+    look_back: int = 1
 
     def check(self, frames: int) -> None:
         """Raises ValueError for numbers that do not fit clips of so many frames."""
@@ -123,7 +124,10 @@ class _Long:
         if self.how.look_back:
             for one, other, cond in zip(clips, clips[1:], told[1:], strict=False):
                 bridge = self._bridge(one, other, cond)
-                whole.narrow(self.axis, bridge.start, frames).copy_(bridge.latents)
+                free = frames - shared - self.how.look_back
+                whole.narrow(self.axis, bridge.start + shared, free).copy_(
+                    bridge.latents.narrow(self.axis, shared, free)
+                )
         return whole
 
     def _bridge(self, one: _Clip, other: _Clip, cond: Cond) -> _Clip:

@@ -109,7 +109,7 @@ class Continued:
 
     overlap: Overlap
     axis: int
-    until: float = 0.6
+    until: float = 0.2
     step: float = 0.0
 
     def __post_init__(self) -> None:
