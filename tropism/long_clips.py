@@ -2,8 +2,7 @@
 
 Clip k + 1 starts from the noise of clip k reordered, and its first ``shared`` frames are the last of clip k. Then, with
 ``look_back``, a clip is drawn across every seam: its first frames are told what was believed of clip k, its last
-``look_back`` frames of clip k + 1, and the free frames between them, which lie on the seam, take the place of those that
-that were there.
+``look_back`` frames of clip k + 1, and the free frames between them, which lie on the seam, are kept.
 
 How the clip across a seam is placed is our reading: the authors' repository is empty. The free frames take the noise of
 the clip that the long clip has them from.

@@ -72,7 +72,7 @@ class ToyClips:
 
     def __init__(self, image: ToyTextToImage, mixers: nn.ModuleList) -> None:
         self.image, self.tokens, self.mixers = image, image.tokens, mixers
-        self.frames: int = next(iter(mixers)).frames
+        self.frames = int(mixers[0].frames)  # type: ignore[arg-type]
         self.latent_shape = (self.frames, 2)
         self._base = copy.deepcopy(image.net).requires_grad_(False)
         self._was = copy.deepcopy(mixers).requires_grad_(False)
@@ -184,7 +184,8 @@ class ToyClips:
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, 2 F) -> (B, F, 2)."""
-        return images.unflatten(1, (-1, 2))
+        points: Tensor = images.unflatten(1, (-1, 2))
+        return points
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) as the image toy's."""
