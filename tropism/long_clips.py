@@ -1,4 +1,5 @@
-"""Clips longer than a model draws: each goes on from the one before it (CoNo, 2406.05082; ``samplers.cono``).
+"""Clips longer than a model draws: each goes on from the one before it (CoNo, Wang et al. 2024, 2406.05082;
+``samplers.cono``).
 
 Clip k + 1 starts from the noise of clip k reordered, and its first ``shared`` frames are the last of clip k. Then, with
 ``look_back``, a clip is drawn across every seam: its first frames are told what was believed of clip k, its last

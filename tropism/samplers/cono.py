@@ -1,4 +1,5 @@
-"""CoNo: a clip that goes on from another by what was said of its noise (Consistency Noise Injection, 2406.05082).
+"""CoNo: a clip that goes on from another by what was said of its noise (Consistency Noise Injection, Wang et
+al. 2024, 2406.05082).
 
 Clips of N frames overlap by S: the first S frames of a clip are to be the last S of the clip before it. Three things
 hold them together, none of which is trained:
