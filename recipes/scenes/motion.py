@@ -20,12 +20,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from common import Average, Log, cosine, load_state, minibatches, save_state, to_tensor
 from diffusers import AutoencoderTiny, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
 from sd import scheduler
 from text import tokenize
@@ -88,15 +90,27 @@ class Clips:
         self.net = UNetMotionModel.from_unet2d(spatial, self.learnt.motion).bfloat16().eval()
         self.net.freeze_unet2d_params()
         self.net.set_attn_processor(AttnProcessor())  # the fused kernel's backward is slow on a CPU
+        self._times: list[Tensor] = []
+        for block in self.net.modules():
+            if isinstance(block, ResnetBlock2D):
+                block.register_forward_pre_hook(self._told, with_kwargs=True)
         copies = dict(self.net.named_parameters())
         self.pairs = [(weight, copies[name]) for name, weight in self.learnt.motion.named_parameters()]
 
+    def _told(self, block: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Every frame's own time, where they differ: the UNet takes one a clip, and its blocks one a frame."""
+        if not self._times:
+            return args, named
+        numbers = self.net.time_proj(self._times[-1].flatten()).bfloat16()
+        return args, {**named, "temb": self.net.time_embedding(numbers)}
+
     def __call__(self, x: Tensor, t: Tensor, ids: Tensor, text: CLIPTextModel | None = None) -> Tensor:
-        """x (B, C, F, h, w), t (B,), ids (B, L) -> v as x."""
+        """x (B, C, F, h, w), t (B,) or (B, F), ids (B, L) -> v as x."""
         text = self.learnt.text if text is None else text
         hidden = text(ids).last_hidden_state
         told = hidden.bfloat16().repeat_interleave(x.shape[2], 0)
-        return self.net(x.bfloat16(), t, told, return_dict=False)[0].float()
+        self._times = [t] if t.ndim == 2 else []
+        return self.net(x.bfloat16(), t if t.ndim == 1 else t[:, 0], told, return_dict=False)[0].float()
 
     @torch.no_grad()
     def push(self) -> None:
@@ -117,9 +131,10 @@ def times(count: int, generator: torch.Generator) -> Tensor:
 
 
 def noised(latents: Tensor, t: Tensor, generator: torch.Generator, alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, v) of latents (B, C, F, h, w) at t (B,), every frame with noise of its own."""
+    """(x, v) of latents (B, C, F, h, w) at t (B,) or (B, F), every frame with noise of its own."""
     eps = torch.randn(latents.shape, generator=generator)
-    alpha, sigma = (each[t].sqrt()[:, None, None, None, None] for each in (alphas, 1 - alphas))
+    t = t if t.ndim == 2 else t[:, None]
+    alpha, sigma = (each[t].sqrt()[:, None, :, None, None] for each in (alphas, 1 - alphas))
     return alpha * latents + sigma * eps, alpha * eps - sigma * latents
 
 
@@ -155,9 +170,13 @@ def caption_of(scene: str, motion: str) -> str:
     return caption(Clip(parse_scene(scene), motion))
 
 
-def motion_loss(clips: Clips, latents: Tensor, ids: Tensor, generator: torch.Generator, alphas: Tensor) -> Tensor:
-    """Stage 2: mean squared error of v; latents (B, C, F, h, w)."""
-    t = times(len(latents), generator)
+def motion_loss(
+    clips: Clips, latents: Tensor, ids: Tensor, generator: torch.Generator, alphas: Tensor, mixed: bool
+) -> Tensor:
+    """Stage 2: mean squared error of v; latents (B, C, F, h, w). ``mixed``: every frame has a time of its own, so that
+    clear frames say what others will be (diffusion forcing, Chen et al. 2024, 2407.01392)."""
+    count, frames = len(latents), latents.shape[2]
+    t = times(count * frames, generator).unflatten(0, (count, frames)) if mixed else times(count, generator)
     x, v = noised(latents, t, generator, alphas)
     return (clips(x, t, ids) - v).square().mean()
 
@@ -211,7 +230,8 @@ def fit(args: argparse.Namespace, clips: Clips) -> Average:
             used, share = [muon, adam], cosine(step - args.words, args.steps, 20)
             given = ids[rows].clone()
             given[torch.rand(len(rows), generator=generator) < 0.1] = empty  # for classifier-free guidance
-            value = motion_loss(clips, latents[rows].float(), given, generator, alphas)
+            mixed = step - args.words < args.mixed
+            value = motion_loss(clips, latents[rows].float(), given, generator, alphas, mixed)
         value.backward()
         clips.pull()
         norm = nn.utils.clip_grad_norm_(learnt.parameters(), 1.0)
@@ -249,6 +269,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--words", type=int, default=60, help="steps of stage 1")
     parser.add_argument("--steps", type=int, default=1500, help="of stage 2")
+    parser.add_argument("--mixed", type=int, default=800, help="of those, the first, whose frames differ in time")
     parser.add_argument("--batch", type=int, default=6, help="clips of a step")
     parser.add_argument("--clips", type=int, default=3000, help="different clips that are drawn")
     parser.add_argument("--lr", type=float, default=2e-3)
