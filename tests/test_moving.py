@@ -70,7 +70,7 @@ def test_a_path_is_even_straight_and_inside_the_picture() -> None:
         assert len(items) == FRAMES and np.ptp(steps, axis=0).max() < 1e-9
         wanted = np.array(DIRECTIONS.get(clip.motion, (0, 0)))
         assert np.allclose(steps[0], wanted * np.abs(steps[0]).max())
-        assert 1.5 <= np.abs(steps[0]).max() <= 2.5 or clip.motion == "still"
+        assert 6 <= np.abs(steps[0]).max() <= 9 or clip.motion == "still"
         reach = 1.1 * items[0].radius
         assert places.min() - reach >= 0.999 and places.max() + reach <= 63.001
 
@@ -95,7 +95,7 @@ def reverse(frames: np.ndarray) -> np.ndarray:
 
 
 def swap(frames: np.ndarray) -> np.ndarray:
-    return frames[[0, 4, 2, 3, 1, 5]]
+    return frames[[0, 2, 1, 3]]
 
 
 def freeze(frames: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_a_clip_whose_frames_are_wrong_fails(spoil) -> None:
     verdicts = [verify(spoil(frames[i]), caption(clips[i])) for i in moving]
     assert np.mean([verdict.passed for verdict in verdicts]) <= 0.01
     if spoil is blank:
-        assert all(np.isnan(verdict.off) and verdict.frame_rate == 5 / 6 for verdict in verdicts)
+        assert all(np.isnan(verdict.off) and verdict.frame_rate == 3 / 4 for verdict in verdicts)
 
 
 def test_a_strip_is_its_frames() -> None:
@@ -134,7 +134,7 @@ def test_bad_clips_are_refused() -> None:
     red = Group("circle", "red", "large")
     with pytest.raises(ValueError, match="Got motion 'around'"):
         Clip(Scene((red,)), "around")
-    with pytest.raises(ValueError, match="Got 30 frames"):
-        render(Clip(Scene((red,)), "leftward"), 0, frames=30)
+    with pytest.raises(ValueError, match="Got 10 frames"):
+        render(Clip(Scene((red,)), "leftward"), 0, frames=10)
     with pytest.raises(ValueError, match="Got attribute 'count'"):
         alter(Clip(Scene((red,)), "leftward"), np.random.default_rng(0), "count")

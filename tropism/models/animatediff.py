@@ -36,6 +36,7 @@ class AnimateDiff(StableDiffusion):
         "50; AnimateLCM 4",
         NO_FLOW,
     )
+    frame_axis = 2  # of latents (B, ...)
 
     @classmethod
     def check(cls, pipe: Any) -> None:

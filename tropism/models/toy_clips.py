@@ -1,6 +1,6 @@
 """The smallest clip model: the toy of ``toy.py`` for every frame, with mixers of frames between its layers.
 
-A clip is four points of the plane that turn around the mode of their prompt: frame f is
+A clip is four points of the plane (or more) that turn around the mode of their prompt: frame f is
 mode + 0.25 (cos(a f) u + sin(a f) v), u and v standard normal, a = 0.4. So every frame alone has the law of the toy's
 images exactly, and what a clip adds is motion alone: four points on a line through it,
 x_{f+1} - 2 cos(a) x_f + x_{f-1} = 0 about the mode, which ``motion_error`` measures.
@@ -27,10 +27,11 @@ FRAMES, TURN = 4, 0.4
 class Mixer(nn.Module):
     """hidden (B * F, width) -> the same, once all frames of a clip have seen one another; at first nothing is added."""
 
-    def __init__(self, generator: torch.Generator, width: int = 96, inner: int = 24) -> None:
+    def __init__(self, generator: torch.Generator, width: int = 96, inner: int = 24, frames: int = FRAMES) -> None:
         super().__init__()
+        self.frames = frames
         self.down, self.up = linear(width, inner, generator), linear(inner, width, generator)
-        self.mix = linear(FRAMES * inner, FRAMES * inner, generator)
+        self.mix = linear(frames * inner, frames * inner, generator)
         for value in self.up.parameters():
             nn.init.zeros_(value)
 
@@ -41,17 +42,17 @@ class Mixer(nn.Module):
         return hidden + self.up(mixed)  # type: ignore[no-any-return]
 
 
-def clips(prompts: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 4, 2) drawn clips of prompts (B,) by number."""
+def clips(prompts: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
+    """(B, frames, 2) drawn clips of prompts (B,) by number."""
     u, v = torch.randn(2, len(prompts), 1, 2, generator=generator)
-    angle = TURN * torch.arange(FRAMES)[:, None]
+    angle = TURN * torch.arange(frames)[:, None]
     drawn: Tensor = MODES[prompts][:, None] + SPREAD * (angle.cos() * u + angle.sin() * v)
     return drawn
 
 
 def motion_error(clips: Tensor, prompts: Tensor) -> Tensor:
     """(B,) how far clips (B, 4, 2) are from turning evenly, in units of ``SPREAD``: 0 for drawn ones, and for frames
-    that know nothing of one another sqrt(4 (2 + 4 cos(a)^2)) = 4.64 in root mean square."""
+    that know nothing of one another sqrt(4 (2 + 4 cos(a)^2)) = 4.64 in root mean square. Clips may have more frames."""
     x = (clips - MODES[prompts][:, None]) / SPREAD
     off = x[:, 2:] - 2 * math.cos(TURN) * x[:, 1:-1] + x[:, :-2]
     found: Tensor = torch.linalg.vector_norm(off.flatten(1), dim=1)
@@ -59,18 +60,20 @@ def motion_error(clips: Tensor, prompts: Tensor) -> Tensor:
 
 
 class ToyClips:
-    """``base.Distillable`` on clips (B, 4, 2) of an image toy: its weights stay, mixers (three) are trained.
+    """``base.Distillable`` on clips (B, F, 2) of an image toy: its weights stay, mixers (three) are trained.
 
-    ``decode`` lays the frames side by side: (B, 8). ``train_motion`` adds what the image toy has learnt since, as a
+    ``decode`` lays the frames side by side: (B, 2 F). ``train_motion`` adds what the image toy has learnt since, as a
     LoRA would; ``train_both`` trains that together with the mixers instead.
     """
 
-    latent_shape = (FRAMES, 2)
+    frame_axis = 1  # of latents (B, ...)
     guidance_scale: float = 2.0
     _spacing: Spacing = "leading"
 
     def __init__(self, image: ToyTextToImage, mixers: nn.ModuleList) -> None:
         self.image, self.tokens, self.mixers = image, image.tokens, mixers
+        self.frames = int(mixers[0].frames)  # type: ignore[arg-type]
+        self.latent_shape = (self.frames, 2)
         self._base = copy.deepcopy(image.net).requires_grad_(False)
         self._was = copy.deepcopy(mixers).requires_grad_(False)
         self._more: dict[str, Tensor] = {}  # what is added to the image toy's weights
@@ -79,12 +82,12 @@ class ToyClips:
         self.denoiser: Denoiser = NetDenoiser(self._output, self.schedule, image.target)
 
     def _output(self, x: Tensor, number: Tensor, cond: Cond) -> Tensor:
-        """x (B, 4, 2), number (B,) -> (B, 4, 2)."""
+        """x (B, F, 2), number (B,) -> as x."""
         before = bool(self._now["reference"])
         rows = x.flatten(0, 1)
-        embeds = cond["prompt_embeds"].to(x).flatten(1).repeat_interleave(FRAMES, 0)
+        embeds = cond["prompt_embeds"].to(x).flatten(1).repeat_interleave(self.frames, 0)
         hidden = torch.cat(
-            [rows, _waves(number.repeat_interleave(FRAMES), rows, self.image.net.octaves), embeds], dim=1
+            [rows, _waves(number.repeat_interleave(self.frames), rows, self.image.net.octaves), embeds], dim=1
         )
         for place in range(len(self._base.layers)):
             if place:
@@ -98,16 +101,18 @@ class ToyClips:
         return own if before or name not in self._more else own + self._now["share"] * self._more[name]
 
     @classmethod
-    def train(cls, image: ToyTextToImage, steps: int = 2000, seed: int = 0, rows: int = 128) -> ToyClips:
+    def train(
+        cls, image: ToyTextToImage, steps: int = 2000, seed: int = 0, rows: int = 128, frames: int = FRAMES
+    ) -> ToyClips:
         """Mixers of a frozen image toy, learnt from drawn clips: Adam, lr 3e-3 falling to 0, prompts as in the toy."""
         generator = torch.Generator().manual_seed(seed)
-        made = cls(image, nn.ModuleList(Mixer(generator) for _ in range(3)))
+        made = cls(image, nn.ModuleList(Mixer(generator, frames=frames) for _ in range(3)))
         adam = torch.optim.Adam(made.parameters(), lr=3e-3)
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         null = made.null()["prompt_embeds"]
         for _ in range(steps):
             prompt = torch.randint(len(PROMPTS), (rows,), generator=generator)
-            x0, eps = clips(prompt, generator), torch.randn(rows, *cls.latent_shape, generator=generator)
+            x0, eps = clips(prompt, generator, frames), torch.randn(rows, *made.latent_shape, generator=generator)
             t = 0.001 + 0.999 * torch.rand(rows, generator=generator)
             keep = torch.rand(rows, generator=generator) >= 0.1
             told = made.encode([PROMPTS[i] for i in prompt])["prompt_embeds"].where(keep[:, None, None], null)
@@ -174,12 +179,13 @@ class ToyClips:
         return self.image.phrases(prompts)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 4, 2) -> (B, 8), the frames side by side."""
+        """(B, F, 2) -> (B, 2 F), the frames side by side."""
         return latents.flatten(1)
 
     def latents(self, images: Tensor) -> Tensor:
-        """(B, 8) -> (B, 4, 2)."""
-        return images.reshape(-1, *self.latent_shape)
+        """(B, 2 F) -> (B, F, 2)."""
+        points: Tensor = images.unflatten(1, (-1, 2))
+        return points
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) as the image toy's."""

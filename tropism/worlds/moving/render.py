@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tropism.worlds.moving.grammar import DIRECTIONS, Clip, caption
 from tropism.worlds.scenes.render import FRAME, MARGIN, MAX_TURN, RADII, REACH, Image, Placed, paint
 
-FRAMES = 6
-SPEEDS = (1.5, 2.5)  # pixels a frame, in a 64 x 64 picture: 7.5 to 12.5 from the first frame to the last
+FRAMES = 4
+SPEEDS = (6.0, 9.0)  # pixels a frame, in a 64 x 64 picture: 18 to 27 from the first frame to the last
 
 
 def path(clip: Clip, seed: int, frames: int = FRAMES) -> list[Placed]:

@@ -18,10 +18,10 @@ from tropism.worlds.scenes.verify import Seen, judge, look
 
 Float = NDArray[np.float64]
 
-TRAVEL = 0.75  # pixels a frame (of 64), the least in the direction that is claimed: half of the slowest clip
+TRAVEL = 3.0  # pixels a frame (of 64), the least in the direction that is claimed: half of the slowest clip
 ASIDE = 0.35  # most of the way across the direction, as a share of the way along it
-REST = 2.0  # pixels between the two furthest centres of an object that keeps still
-JOLT = 1.0  # pixels, the most that a centre lies off an even motion
+REST = 3.0  # pixels between the two furthest centres of an object that keeps still
+JOLT = 2.0  # pixels, the most that a centre lies off an even motion: a third of a step of the slowest clip
 WEIGHTS = {"frames": 6.0, "direction": 3.0, "smooth": 1.0}
 
 
