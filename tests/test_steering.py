@@ -271,6 +271,13 @@ def test_sample_steers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list((place / "one").glob("*.png"))) == 2
 
 
+def test_who_follows_no_reward_needs_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "--model", "scenes-sd", "--prompt", "a star", "--inference-steps", "2", "--out", "x.png"]
+    text = said([*words, "--steer", "adaptive"], capsys).out  # of which the verifier could make nothing
+    assert "steered by adaptive (" in text and "towards" not in text
+    assert "Got the word 'star'" in refused([*words, "--steer", "adaptive+best-of-n", "--particles", "2"], capsys)
+
+
 def test_settings_of_a_steerer_come_from_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "steer.yaml").write_text("steer: best-of-n\nparticles: 2\nguidance_scale: 1\nreward: [brightness]\n")
     words = ["sample", "--model", "model", "--config", "steer.yaml", "--prompt", "a fox", "--out", "x.png"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tropism import catalog, pictures
+from tropism.base import Reward
 from tropism.config import EvalSettings, PickSettings, SampleSettings, TrainSettings
 from tropism.data.prompts import PromptSet
 from tropism.evaluate import Evaluation, deterministic, draw_images, evaluate, first_images, interval, paired_gain
@@ -30,11 +31,13 @@ from tropism.plan import (
     make_plan,
 )
 from tropism.report import Outcome, in_words, summary
+from tropism.rewards import as_reward
 from tropism.run import execute
 from tropism.steering import image_seeds, steer_policy
 from tropism.steering_settings import made_steerers
 
 if TYPE_CHECKING:
+    from tropism.catalog.rewards import RewardSpec
     from tropism.models.trainable import Trainable
     from tropism.policy import Policy
 
@@ -72,7 +75,7 @@ def run_sample(settings: SampleSettings, steering: Mapping[str, Any] | None = No
     settings.check()
     prompts = PromptSet(settings.prompt) if settings.prompt else catalog.read_prompt_set(str(settings.prompts))
     steerers = made_steerers(settings.steer, steering or {}) if settings.steer else []
-    specs = catalog.check_rewards(_steered_by(settings)) if steerers else []
+    specs = _steered_by(settings, steerers)
     alone = settings.out is not None and settings.out.endswith(".png")
     out = Path(str(settings.out)).expanduser() if alone else check_out(settings.out, "sample")
     check_writable(out)
@@ -80,11 +83,14 @@ def run_sample(settings: SampleSettings, steering: Mapping[str, Any] | None = No
     rows = first_images(prompts, len(prompts), settings.images)
     text, said = rows.text, f"{policy.steps} steps, guidance {_guidance(settings, model):g}"
     if steerers:
-        reward = build_rewards(specs, settings.model, model, prompts, policy.device, settings.reward_cache)
+        reward: Reward = as_reward(_unasked)
+        if specs:
+            reward = build_rewards(specs, settings.model, model, prompts, policy.device, settings.reward_cache)
         with as_bad_input(TypeError, ValueError):
             found, trace = steer_policy(policy, reward, rows, steerers, image_seeds(len(text), settings.seed))
         images = policy.decode(found.latents).float().cpu()
-        said += f", steered by {settings.steer} towards {reward.name} ({trace.calls:g} network calls an image)"
+        towards = f" towards {reward.name}" if specs else ""
+        said += f", steered by {settings.steer}{towards} ({trace.calls:g} network calls an image)"
     else:
         images = torch.cat([batch.float().cpu() for batch in draw_images(policy, text, settings.seed)])
     columns = settings.images if 1 < settings.images <= 8 else 0  # a row a prompt, where that fits
@@ -97,8 +103,17 @@ def run_sample(settings: SampleSettings, steering: Mapping[str, Any] | None = No
     return files
 
 
-def _steered_by(settings: SampleSettings) -> Sequence[str]:
-    return given(settings.reward or catalog.own_rewards(settings.model), "reward", settings.model)
+def _unasked(images: Tensor, prompts: Sequence[str]) -> list[float]:
+    raise AssertionError("a steerer that follows no reward asked for one")
+
+
+def _steered_by(settings: SampleSettings, steerers: Sequence[Any]) -> Sequence[RewardSpec]:
+    """The rewards, none where nobody asks for them: captions may then be what the model's own reward cannot read."""
+    if not steerers or not (settings.reward or any(each.rewarded for each in steerers)):
+        return []
+    return catalog.check_rewards(
+        given(settings.reward or catalog.own_rewards(settings.model), "reward", settings.model)
+    )
 
 
 def run_eval(settings: EvalSettings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ AG. Fewer network calls at nearly the same pictures; no reward is followed. ``gu
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from tropism.adaptive import adaptive
 from tropism.steering.settings import SteererSettings
@@ -16,6 +17,8 @@ from tropism.steering.task import Task
 @dataclass(frozen=True)
 class Settings(SteererSettings):
     """Guidance only while it matters."""
+
+    rewarded: ClassVar[bool] = False
 
     threshold: float = 0.99
     """Cosine of what is believed with and without the prompt, from which on a sample is asked with it alone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from tropism import pictures
 from tropism.data.images import check_files, read_images
@@ -19,6 +20,8 @@ from tropism.steering.task import Task
 @dataclass(frozen=True)
 class Settings(SteererSettings):
     """Pictures beside the prompt."""
+
+    rewarded: ClassVar[bool] = False
 
     references: list[str] = field(default_factory=list)
     """Files of the pictures that are shown to the model."""

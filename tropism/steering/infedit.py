@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from tropism.data.images import read_images
 from tropism.guidance import ROW
@@ -20,6 +21,8 @@ from tropism.steering.task import Task, encoder_of
 @dataclass(frozen=True)
 class Settings(SteererSettings):
     """A picture whose caption is changed to the prompt."""
+
+    rewarded: ClassVar[bool] = False
 
     picture: str = ""
     """The file of the picture, of the model's own size."""

@@ -7,6 +7,7 @@ section 5. The coefficients are fitted before the drawing, on ``fitted_on`` chai
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,8 @@ from tropism.steering.task import Task
 @dataclass(frozen=True)
 class Settings(SteererSettings):
     """Guidance most of whose unguided half is foretold."""
+
+    rewarded: ClassVar[bool] = False
 
     asked: list[int] = field(default_factory=lambda: [0, 1, 2, 4])
     """Moves at which it is really asked without the prompt, 0 among them; at all others the answer is foretold."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from tropism.guidance.cluster import WORDS, Clustered
 from tropism.one_actor import Actor
@@ -19,6 +20,8 @@ from tropism.steering.task import Task
 @dataclass(frozen=True)
 class Settings(SteererSettings):
     """A word that means one character."""
+
+    rewarded: ClassVar[bool] = False
 
     actor: str = ""
     """The file that tropism.one_actor.tune made."""

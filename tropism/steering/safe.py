@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 @dataclass(frozen=True)
 class Settings(SteererSettings):
     """A negation set of pictures."""
+
+    rewarded: ClassVar[bool] = False
 
     avoid: str = ""
     """A folder of pictures of what is not wanted, of the model's own size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 def check_times(times: tuple[float, float]) -> None:
@@ -15,6 +16,8 @@ def check_times(times: tuple[float, float]) -> None:
 @dataclass(frozen=True)
 class SteererSettings:
     """Flags and YAML keys of every steerer."""
+
+    rewarded: ClassVar[bool] = True  # whether the reward is asked for anything
 
     def check(self) -> None:
         """Raises ValueError in one sentence that names the field, the value and what was expected."""

@@ -8,6 +8,7 @@ made. ``samplers.parallel`` has the method and its departures.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ from tropism.steering.task import Steered, Task
 @dataclass(frozen=True)
 class Settings(SteererSettings):
     """A chain that is refined in parallel."""
+
+    rewarded: ClassVar[bool] = False
 
     tolerance: float = 0.001
     """Stop once no end has changed by more than this (mean absolute change of a latent); 0: exact."""
