@@ -1,9 +1,26 @@
 """Exact laws of discretised chains, and estimates with their standard errors, for tests of particles."""
 
+import dataclasses
 import itertools
 import math
 
 import torch
+
+from tropism.models.toy import GaussianDenoiser
+from tropism.particles import Walker
+from tropism.samplers import DDIM, FlowSDE
+from tropism.schedules import RectifiedFlow, ddpm_table, flow_grid, table_grid
+
+TABLE = ddpm_table(1000, 0.00085, 0.012, "scaled_linear")
+MODEL = GaussianDenoiser(torch.tensor([0.3, -0.2]), 0.7, TABLE)
+WALK = Walker(DDIM(1.0), MODEL, table_grid(1000, 10, "leading", 1))
+FLOW = Walker(FlowSDE(0.7), dataclasses.replace(MODEL, schedule=RectifiedFlow()), flow_grid(10, last=0.1))
+DIRECTION = torch.tensor([1.0, 0.5])
+SEEDS = range(5)
+
+
+def reward(x0, rows):
+    return x0 @ DIRECTION
 
 
 def chain_law(walk, dimensions):
