@@ -20,8 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from editing import said, told
-from guiding import captions, head, load, row, scores
+from guiding import captions, head, load, row, said, scores, told
 from torch import Tensor
 
 from tropism import catalog, pictures

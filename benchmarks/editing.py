@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from guiding import head, load, row
+from guiding import head, load, row, said, told
 from torch import Tensor
 
 from tropism import pictures
 from tropism.counting import Counted
-from tropism.evaluate import deterministic, interval, paired_gain
+from tropism.evaluate import deterministic
 from tropism.guidance import ROW
 from tropism.randomness import normal, row_generators, row_seeds
 from tropism.samplers import invert, walk
@@ -191,18 +191,6 @@ def joined(parts: Sequence[Judged]) -> Judged:
     """Of several seeds."""
     names = ("verified", "error", "away", "size")
     return Judged(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
-def said(values: Tensor, digits: int = 3) -> str:
-    """A mean with its interval."""
-    own = interval(values)
-    return f"{own.mean:.{digits}f} ({own.low:.{digits}f} to {own.high:.{digits}f})"
-
-
-def told(base: Tensor, values: Tensor, digits: int = 3) -> str:
-    """A paired gain with its interval."""
-    gain = paired_gain(base, values)
-    return f"{gain.mean:+.{digits}f} ({gain.low:+.{digits}f} to {gain.high:+.{digits}f})"
 
 
 def show(options: Any, task: Task, drawn: dict[str, Tensor]) -> None:

@@ -96,10 +96,20 @@ def cells(drawn: Drawn, scored: Mapping[str, Tensor], base: Mapping[str, Tensor]
     """Of a table: calls, CPU seconds, and each score with its 95 % interval and its paired gain over the base."""
     out = [f"{drawn.calls:.1f}", f"{drawn.seconds:.2f}"]
     for name, values in scored.items():
-        own, gain = interval(values), paired_gain(base[name], values)
-        out.append(f"{own.mean:.3f} ({own.low:.3f} to {own.high:.3f})")
-        out.append(f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
+        out += [said(values), told(base[name], values)]
     return out
+
+
+def said(values: Tensor, digits: int = 3) -> str:
+    """A mean with its interval."""
+    own = interval(values)
+    return f"{own.mean:.{digits}f} ({own.low:.{digits}f} to {own.high:.{digits}f})"
+
+
+def told(base: Tensor, values: Tensor, digits: int = 3) -> str:
+    """A paired gain with its interval."""
+    gain = paired_gain(base, values)
+    return f"{gain.mean:+.{digits}f} ({gain.low:+.{digits}f} to {gain.high:+.{digits}f})"
 
 
 def row(*cells: str) -> None:

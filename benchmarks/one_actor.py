@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from editing import said, told
-from guiding import head, load, row
+from guiding import head, load, row, said, told
 from torch import Tensor
 
 from tropism import one_actor, pictures

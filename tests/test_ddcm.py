@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import ROWS
 from policies import seeded
-from small_run import refused, small_place
 from torch import Tensor
 
 from tropism import pictures
@@ -114,25 +113,3 @@ def test_a_picture_comes_back_from_a_pipeline(tmp_path: Path, monkeypatch: pytes
             same, other = (pipeline([text], **told).images for text in ("a fox", "a green hill"))
         assert torch.allclose(same, plain[:1].expand_as(same), atol=2e-4 * float(plain.abs().max()))
         assert float((other - plain[:1]).abs().max()) > 0.01
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ([], "picture is not given, which is no file"),
-        (["--picture", "nowhere.png"], "picture is nowhere.png, which is no file"),
-        (["--picture", "prompts.txt"], "source is not given; wanted what the picture shows"),
-        (["--picture", "prompts.txt", "--source", "x", "--edit-strength", "2"], "edit_strength is 2.0"),
-    ],
-)
-def test_what_is_wrong_is_one_sentence(
-    words: list[str],
-    sentence: str,
-    tiny_sd: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(small_place(tiny_sd, tmp_path))
-    command = ["sample", "--model", "model", "--reward", "brightness", "--prompt", "x", "--steer", "infedit"]
-    assert sentence in refused([*command, *words], capsys)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import ROWS
 from policies import seeded
-from small_run import refused, small_place
 from torch import Tensor
 
 from tropism.base import Cond, Prediction
@@ -211,25 +210,3 @@ def test_what_cannot_be_tuned_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="which this model has not"):
         flow = ROWS["sd3"].model()
         cast(Policy(flow, DDIM(0.0), 2), ["a fox"])
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ([], "actor is not given, which is no file"),
-        (["--actor", "nowhere"], "actor is nowhere, which is no file"),
-        (["--actor", "prompts.txt", "--likeness", "-1"], "likeness is -1.0 and exclude 0.0"),
-        (["--actor", "prompts.txt", "--times", "0.9", "0.1"], "times is 0.9 0.1"),
-    ],
-)
-def test_bad_settings_are_one_sentence(
-    words: list[str],
-    sentence: str,
-    tiny_sd: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(small_place(tiny_sd, tmp_path))
-    command = ["sample", "--model", "model", "--reward", "brightness", "--prompt", "x", "--steer", "one-actor"]
-    assert sentence in refused([*command, *words], capsys)

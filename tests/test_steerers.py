@@ -171,6 +171,14 @@ def test_safe_draws_away_from_pictures(tmp_path: Path, monkeypatch: pytest.Monke
         (["safe"], "avoid is not given, without pictures; wanted a folder"),
         (["safe", "--avoid", "nowhere"], "avoid is nowhere, without pictures"),
         (["linear-ag", "--asked", "1", "2"], "asked is 1 2; wanted moves from 0 on"),
+        (["infedit"], "picture is not given, which is no file"),
+        (["infedit", "--picture", "nowhere.png"], "picture is nowhere.png, which is no file"),
+        (["infedit", "--picture", "prompts.txt"], "source is not given; wanted what the picture shows"),
+        (["infedit", "--picture", "prompts.txt", "--source", "x", "--edit-strength", "2"], "edit_strength is 2.0"),
+        (["one-actor"], "actor is not given, which is no file"),
+        (["one-actor", "--actor", "nowhere"], "actor is nowhere, which is no file"),
+        (["one-actor", "--actor", "prompts.txt", "--likeness", "-1"], "likeness is -1.0 and exclude 0.0"),
+        (["one-actor", "--actor", "prompts.txt", "--times", "0.9", "0.1"], "times is 0.9 0.1"),
     ],
 )
 def test_bad_settings_are_one_sentence(

@@ -83,9 +83,8 @@ def run_sample(settings: SampleSettings, steering: Mapping[str, Any] | None = No
     rows = first_images(prompts, len(prompts), settings.images)
     text, said = rows.text, f"{policy.steps} steps, guidance {_guidance(settings, model):g}"
     if steerers:
-        reward: Reward = as_reward(_unasked)
-        if specs:
-            reward = build_rewards(specs, settings.model, model, prompts, policy.device, settings.reward_cache)
+        known = (settings.model, model, prompts, policy.device, settings.reward_cache)
+        reward: Reward = build_rewards(specs, *known) if specs else as_reward(_unasked)
         with as_bad_input(TypeError, ValueError):
             found, trace = steer_policy(policy, reward, rows, steerers, image_seeds(len(text), settings.seed))
         images = policy.decode(found.latents).float().cpu()

@@ -86,6 +86,13 @@ def consistent(x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Predictio
     return Prediction(x0.where(noisy, x / alpha.where(alpha > 0, 1.0)), eps)
 
 
+def consistent_with(eps: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, x0: Tensor) -> Prediction:
+    """The Prediction at x whose noise half is eps; alpha and sigma fit x. At alpha = 0, where that says nothing of the
+    clean half, it is x0."""
+    seen = alpha > 0
+    return Prediction(((x - sigma * eps) / alpha.where(seen, 1.0)).where(seen, x0), eps)
+
+
 @dataclass(frozen=True, eq=False)
 class NetDenoiser:
     """A network as a Denoiser. ``dtype`` is what x is cast to before the network sees it; None leaves float32.

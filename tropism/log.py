@@ -97,7 +97,7 @@ class Progress:
             self._bar.set_postfix(facts, refresh=False)
             self._bar.update(number - self._bar.n)
             return
-        if "reward" in facts and "reward_std" in metrics:  # one that is followed by its gradient has none
+        if "reward_std" in metrics:  # one that is followed by its gradient has none
             facts["reward"] += f" (std {metrics['reward_std']:.3f})"
         left = (time.perf_counter() - self._started) / (number - self.first) * (self.steps - number)
         said = "  ".join(f"{name} {value}" for name, value in facts.items())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tropism.base import Cond, Prediction
 from tropism.policy import Policy
-from tropism.randomness import Randomness, row_generators, row_seeds
+from tropism.randomness import Randomness, each_row
 from tropism.samplers.chain import Move, walk
 from tropism.samplers.cono import Continued, Overlap, beliefs, extended_noise, frames_of
 
@@ -76,8 +76,7 @@ def extend(
     clips = {len(row) for row in prompts}
     if len(clips) != 1 or 0 in clips:
         raise ValueError(f"rows of prompts are {sorted(clips)} long; wanted one row or more, each with a prompt a clip")
-    if generator is None or isinstance(generator, torch.Generator):
-        generator = row_generators(row_seeds(len(prompts), generator))
+    generator = each_row(generator, len(prompts))
     ends = []
     for rows in torch.arange(len(prompts)).split(policy.microbatch):
         some = [generator[row] for row in rows]

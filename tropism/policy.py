@@ -15,7 +15,7 @@ from tropism.denoisers import TOLD, takes_guidance
 from tropism.guidance.cfg import Guided, Scale
 from tropism.guidance.told import Told, interpolated
 from tropism.processes import ALONE, Processes
-from tropism.randomness import Randomness, normal, row_generators, row_seeds
+from tropism.randomness import Randomness, each_row, normal
 from tropism.samplers.chain import Move, Walk, walk
 
 Guide = Callable[[Denoiser], Denoiser]
@@ -102,8 +102,7 @@ class Policy:
         finished: Finished | None = None,
     ) -> Tensor:
         """Clean latents (B, ...), from x (B, ...) or fresh noise. One generator seeds every row's own."""
-        if generator is None or isinstance(generator, torch.Generator):
-            generator = row_generators(row_seeds(len(prompts), generator))
+        generator = each_row(generator, len(prompts))
         x = self.noise(len(prompts), generator) if x is None else x
         cond = self.model.encode(prompts)
         ends, mine = [], self.processes.share(torch.arange(len(prompts)))

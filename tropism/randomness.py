@@ -33,6 +33,13 @@ def row_generators(seeds: Tensor) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
+def each_row(randomness: Randomness, count: int) -> Sequence[torch.Generator]:
+    """A generator for each of ``count`` rows: those that are given, or seeded by the single one."""
+    if randomness is None or isinstance(randomness, torch.Generator):
+        return row_generators(row_seeds(count, randomness))
+    return randomness
+
+
 def normal(shape: Sequence[int], randomness: Randomness, device: torch.device) -> Tensor:
     """Standard normal (B, ...) on ``device``, drawn where its generators live.
 

@@ -124,7 +124,8 @@ class ImagePrompted:
     def _shown(self, cond: Cond, images: Tensor, names: Sequence[Sequence[str]]) -> Cond:
         told = {**cond, IMAGES: images.to(self.model.device)}
         if self.entities:
-            told[TEXT] = torch.cat([cond[TEXT], torch.stack([self._entities(each) for each in names])], dim=1)
+            words = {each: self._entities(each) for each in set(map(tuple, names))}
+            told[TEXT] = torch.cat([cond[TEXT], torch.stack([words[tuple(each)] for each in names])], dim=1)
         return told
 
     def _entities(self, names: Sequence[str]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -157,18 +157,18 @@ class LatentPipeline(Trainable):
 
     def phrases(self, prompts: Sequence[str]) -> Tensor:
         """(B, L) int64: the phrase of each token of cond["prompt_embeds"], -1 for none (start, end, padding, T5's)."""
-        length = self.encode(prompts)["prompt_embeds"].shape[1]
-        tokens = min(length, int(self.pipe.tokenizer.model_max_length))
-        found = token_phrases(self.pipe.tokenizer, prompts, tokens)
-        return torch.nn.functional.pad(found, (0, length - tokens), value=-1)
+        return self._by_token(prompts, lambda tokens: token_phrases(self.pipe.tokenizer, prompts, tokens), -1)
 
     def word_places(self, prompts: Sequence[str], word: str) -> Tensor:
         """(B, L) bool: where ``word`` is first among the tokens of each prompt. Raises ValueError for a word of several
         tokens, and for a prompt without it."""
+        return self._by_token(prompts, lambda tokens: word_places(self.pipe.tokenizer, prompts, word, tokens), False)
+
+    def _by_token(self, prompts: Sequence[str], find: Callable[[int], Tensor], nothing: int) -> Tensor:
+        """(B, L) of cond["prompt_embeds"]: what ``find`` says of the tokenizer's tokens, ``nothing`` of all others."""
         length = self.encode(prompts)["prompt_embeds"].shape[1]
         tokens = min(length, int(self.pipe.tokenizer.model_max_length))
-        found = word_places(self.pipe.tokenizer, prompts, word, tokens)
-        return torch.nn.functional.pad(found, (0, length - tokens), value=False)
+        return torch.nn.functional.pad(find(tokens), (0, length - tokens), value=nothing)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32; keeps the graph.

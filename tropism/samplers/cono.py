@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tropism.base import Cond, Denoiser, Kernel, Prediction, Schedule, bcast
+from tropism.denoisers import consistent_with
 from tropism.randomness import Randomness
 from tropism.samplers.chain import Move, check_grid, walk
 
@@ -89,7 +90,7 @@ class Held:
         if self.content is not None and self.step:
             eps = regularised(eps, self.content, self.step, self.axis)
             alpha, sigma = bcast(self.schedule.alpha(t), x), bcast(self.schedule.sigma(t), x)
-            x0 = ((x - sigma * eps) / alpha.where(alpha > 0, 1.0)).where(alpha > 0, x0)
+            x0, eps = consistent_with(eps, x, alpha, sigma, x0)
         if self.told is not None:
             places = torch.tensor(list(self.places), device=x.device)
             x0, eps = (

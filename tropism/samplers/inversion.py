@@ -15,8 +15,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, bcast
+from tropism.base import Cond, Denoiser
 from tropism.samplers.chain import check_grid
+from tropism.schedules import add_noise
 
 
 @torch.no_grad()
@@ -28,5 +29,5 @@ def invert(denoiser: Denoiser, clean: Tensor, ts: Tensor, cond: Cond) -> Tensor:
     for now, after in itertools.pairwise(upwards):
         t, s = now.expand(len(x)), after.expand(len(x))
         x0, eps = denoiser(x, t, cond)
-        x = bcast(denoiser.schedule.alpha(s), x) * x0 + bcast(denoiser.schedule.sigma(s), x) * eps
+        x = add_noise(denoiser.schedule, x0, eps, s)
     return x
