@@ -109,20 +109,39 @@ def fit(args: argparse.Namespace, stepper: Stepper, prepare: Callable[[nn.Module
     master, log = Master(stepper.network), Log(args.out)
     prepare(master.network)
     module = torch.compile(master.network) if args.compile else master.network
-    order = minibatches(len(latents), args.batch, np.random.default_rng(args.seed))
+
+    def of_rows(rows: Tensor, generator: torch.Generator) -> Tensor:
+        tokens = ids[rows].long()
+        tokens[torch.rand(len(rows), generator=generator) < 0.1] = empty  # for classifier-free guidance
+        return loss(module, latents[rows].float(), tokens, generator)
+
+    learn(args, stepper, master, log, first, len(latents), of_rows)
+
+
+def learn(
+    args: argparse.Namespace,
+    stepper: Stepper,
+    master: Master,
+    log: Log,
+    first: int,
+    count: int,
+    loss: Callable[[Tensor, torch.Generator], Tensor],
+    said: int = 100,
+    saved: int = 500,
+) -> None:
+    """Steps ``first`` to ``args.steps`` down the ``loss`` of rows (B,) of ``count``, each with a generator of its own;
+    logs every ``said`` and saves every ``saved`` steps."""
+    order = minibatches(count, args.batch, np.random.default_rng(args.seed))
     for _ in range(first):
         next(order)
     running = None
     for step in range(first, args.steps):
-        rows = torch.from_numpy(next(order))
-        generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
-        tokens = ids[rows].long()
-        tokens[torch.rand(len(rows), generator=generator) < 0.1] = empty  # for classifier-free guidance
-        value = loss(module, latents[rows].float(), tokens, generator)
+        rows, generator = torch.from_numpy(next(order)), torch.Generator().manual_seed(args.seed * 10**7 + step)
+        value = loss(rows, generator)
         value.backward()
         norm = stepper.step(master, step)
         running = value.item() if running is None else 0.98 * running + 0.02 * value.item()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % said == 0:
             log(step=step + 1, loss=round(running, 5), norm=round(norm, 3))
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+        if (step + 1) % saved == 0 or step + 1 == args.steps:
             stepper.save(args.out, step + 1)

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import KINDS, SHARES, Log, minibatches, to_tensor
+from common import KINDS, SHARES, Log, to_tensor
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor
-from fit import Master, Stepper
+from fit import Master, Stepper, learn
 from safetensors.torch import load_file, save_file
 from sd import v_loss
 from text import LENGTH, tokenize
@@ -232,24 +232,14 @@ def main() -> None:
     fast = master.network.__dict__["unet"].bfloat16().to(memory_format=torch.channels_last)
     assert next(fast.encoder_hid_proj.parameters()) is next(master.network.parameters())
     text = pipe.text_encoder.bfloat16()
-    order = minibatches(len(data["latents"]), args.batch, np.random.default_rng(args.seed))
-    running = None
-    for step in range(args.steps):
-        rows = torch.from_numpy(next(order))
-        if step < first:
-            continue
-        generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
+
+    def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
         images = data["images"][rows].clone()
         images[torch.rand(len(rows), generator=generator) < DROPPED] = 0.0
         told: Any = (told_text(text, data["ids"][rows].long(), data["names"][rows].long()), images.bfloat16())
-        value = v_loss(master.network, data["latents"][rows].float(), told, generator, pipe.scheduler.alphas_cumprod)
-        value.backward()
-        norm = stepper.step(master, step)
-        running = value.item() if running is None else 0.98 * running + 0.02 * value.item()
-        if (step + 1) % 50 == 0:
-            log(step=step + 1, loss=round(running, 5), norm=round(norm, 3))
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            stepper.save(args.out, step + 1)
+        return v_loss(master.network, data["latents"][rows].float(), told, generator, pipe.scheduler.alphas_cumprod)
+
+    learn(args, stepper, master, log, first, len(data["latents"]), loss, said=50, saved=200)
     stepper.average.copy_to(adapter)
     (args.out / "final").mkdir(exist_ok=True)
     save_file(written(unet), args.out / "final" / "ip_adapter.safetensors", SAID)
