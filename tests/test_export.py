@@ -215,6 +215,7 @@ def test_merged_pipeline_draws_the_same(family: str, full: bool, places: Any, tm
     check_equal(plain(out), model, base)
     assert json.loads((out / "tropism.json").read_text())["guidance_scale"] == model.guidance_scale
     assert not list(out.rglob("*lora*"))
+    assert str(base) not in "".join(file.read_text() for file in out.rglob("*.json"))
     torch.testing.assert_close(ours(load_pipeline(out, onednn=False)), ours(model), rtol=0, atol=1e-5)
 
 

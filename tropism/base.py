@@ -19,6 +19,9 @@ from tropism.randomness import Randomness
 Cond = Mapping[str, Tensor]
 """What a denoiser is conditioned on: named tensors that all have the batch as their first dimension."""
 
+WORDS = "prompt_embeds"
+"""The entry of a ``Cond`` with what an encoder says of each token of the prompt, (B, L, D), where a model has one."""
+
 
 Hops = Literal["consistency", "ode", "jump"]
 """How a few-step model moves: it noises its answer again, follows the path, or jumps along it to where it is told."""

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tropism.base import take
+from tropism.base import WORDS, take
 from tropism.denoisers import denoising_error
-from tropism.guidance.cluster import WORDS, moved
+from tropism.guidance.cluster import moved
 from tropism.policy import Policy
 from tropism.randomness import normal, row_generators, row_seeds
 

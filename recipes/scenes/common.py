@@ -22,10 +22,13 @@ KINDS = ("single", "count", "pair")
 SHARES = (0.34, 0.30, 0.36)  # pairs are the hardest, single objects must be the surest
 
 
-def draw(rng: np.random.Generator, count: int, split: str = "train") -> tuple[np.ndarray, list[str]]:
-    """``count`` pictures (N, 64, 64, 3) uint8 and their captions; singles, counts and pairs in fixed shares."""
-    kinds = rng.choice(len(KINDS), size=count, p=SHARES)
-    scenes = [sample_scene(rng, split, KINDS[k]) for k in kinds]
+def draw(
+    rng: np.random.Generator, count: int, split: str = "train", kind: str | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """``count`` pictures (N, 64, 64, 3) uint8 and their captions; singles, counts and pairs in fixed shares, or all of
+    one ``kind``."""
+    kinds = [KINDS[k] for k in rng.choice(len(KINDS), size=count, p=SHARES)] if kind is None else [kind] * count
+    scenes = [sample_scene(rng, split, each) for each in kinds]
     seeds = rng.integers(0, 2**31, size=count).tolist()
     return render_batch(scenes, seeds), [caption(scene) for scene in scenes]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import draw, to_tensor
+from common import KINDS, draw, to_tensor
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from text import build_tokenizer, tokenize
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=160_000)
+    parser.add_argument("--kind", choices=KINDS, help="of all captions; a mixture without it")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
@@ -30,7 +31,7 @@ def main() -> None:
     latents, ids = [], []
     size = 500
     for start in range(0, args.count, size):
-        pictures, captions = draw(np.random.default_rng([args.seed, start]), size)
+        pictures, captions = draw(np.random.default_rng([args.seed, start]), size, kind=args.kind)
         with torch.autocast("cpu", torch.bfloat16):
             latents.append(vae.encoder(to_tensor(pictures).contiguous(memory_format=torch.channels_last)).half())
         ids.append(tokenize(tokenizer, captions).short())

@@ -39,6 +39,7 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
             ["flow.py", "--out", str(work / "flow"), "--start", str(first), *LONGER, *data],
         ),
         (work / "lcm/pipeline/model_index.json", ["few.py", "--out", str(work / "lcm")]),
+        (work / "dmd/pipeline/model_index.json", ["one.py", "--out", str(work / "dmd")]),
         (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
         (work / "ip/final/ip_adapter.safetensors", ["ip_adapter.py", "--out", str(work / "ip")]),
     ]
@@ -46,7 +47,14 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
 
 def install(work: Path) -> None:
     """Copies finished pipelines, with their default guidance and steps, the CLIP and the IP-Adapter."""
-    made = {"sd": "sd/pipeline", "flow": "flow/pipeline", "lcm": "lcm/pipeline", "clip": "clip/final", "ip": "ip/final"}
+    made = {
+        "sd": "sd/pipeline",
+        "flow": "flow/pipeline",
+        "lcm": "lcm/pipeline",
+        "dmd": "dmd/pipeline",
+        "clip": "clip/final",
+        "ip": "ip/final",
+    }
     for name, source in made.items():
         if not (work / source).is_dir():
             continue

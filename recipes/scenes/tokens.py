@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128, help="of the network")
     parser.add_argument("--layers", type=int, default=4, help="of the network")
     parser.add_argument("--average", type=float, default=0.99, help="decay of the network's average")
+    parser.add_argument("--kind", choices=KINDS, help="of the captions that check and nats draw; a mixture without it")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -137,7 +138,7 @@ def train_network(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """What is left of 300 held-out pictures after the autoencoder, and after the tokenizer as well."""
     vae = AutoencoderTiny.from_pretrained(WEIGHTS / "flow" / "vae")
-    shown, texts = draw(np.random.default_rng(7), 300, "held_out")
+    shown, texts = draw(np.random.default_rng(7), 300, "held_out", args.kind)
     images = to_tensor(shown) / 2 + 0.5
     both = Pictures(Tokenizer.load(args.out / "tokenizer"), vae)
     plain = vae.decode(vae.encode(images * 2 - 1).latents).sample / 2 + 0.5
@@ -146,7 +147,7 @@ def check(args: argparse.Namespace) -> None:
         found = found.clamp(0, 1)
         passed = [verdict.passed for verdict in verify_batch(found.numpy(), texts)]
         kinds = {k: [p for p, text in zip(passed, texts, strict=True) if parse(text).kind == k] for k in KINDS}
-        rates = {kind: round(sum(held) / len(held), 3) for kind, held in kinds.items()}
+        rates = {kind: round(sum(held) / len(held), 3) for kind, held in kinds.items() if held}
         decibels = psnr(found, images) if name != "as drawn" else float("inf")
         print(f"{name}: {decibels:.2f} dB, passed {sum(passed) / len(passed):.3f} {rates}")
     used = torch.cdist(tokens, both.tokenizer.codes).argmin(-1).unique()
@@ -169,7 +170,7 @@ def entropies(tokens: Tensor, count: int) -> tuple[float, float, float]:
 def nats(args: argparse.Namespace) -> None:
     """Nats a token of 512 held-out pictures by the network, with captions and without, and entropies of the tokens."""
     model = load_tokens(args.out)
-    shown, texts = draw(np.random.default_rng(8), 512, "held_out")
+    shown, texts = draw(np.random.default_rng(8), 512, "held_out", args.kind)
     images = to_tensor(shown) / 2 + 0.5
     codes = torch.cat([model.latents(part) for part in images.split(128)])
     tokens = torch.cdist(codes, model.codes).argmin(-1)

@@ -24,12 +24,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tropism.base import Cond, Prompts, Reward, pick, take
+from tropism.base import WORDS, Cond, Prompts, Reward, pick, take
 from tropism.checkpoint import load_optimizer, optimizer_state, under
 from tropism.policy import Policy, score_latents
 from tropism.randomness import row_generators, row_seeds
-
-TOKENS = "prompt_embeds"
 
 
 class LatentNet(nn.Module):
@@ -72,9 +70,9 @@ class Proxy:
     """
 
     def __init__(self, policy: Policy, steps: int, rounds: int, rate: float, generator: torch.Generator) -> None:
-        tokens = policy.model.null().get(TOKENS)
+        tokens = policy.model.null().get(WORDS)
         if tokens is None:
-            raise ValueError(f"this model's prompts have no {TOKENS}, which the proxy reads; follow the reward itself")
+            raise ValueError(f"this model's prompts have no {WORDS}, which the proxy reads; follow the reward itself")
         trained = [parameter.dtype for parameter in policy.model.parameters()]
         dtype = torch.promote_types(trained[0], torch.float32) if trained else torch.float32
         self.net = drawn(policy.model.latent_shape, tokens.shape[-1], generator).to(policy.device, dtype)
@@ -88,7 +86,7 @@ class Proxy:
         return functional_call(self.net, frozen, self._seen(latents, cond)) * self.scale  # type: ignore[no-any-return]
 
     def _seen(self, latents: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        return latents.to(self.dtype), cond[TOKENS].to(self.dtype)
+        return latents.to(self.dtype), cond[WORDS].to(self.dtype)
 
     def learn(
         self, policy: Policy, reward: Reward, batch: Prompts, generator: torch.Generator, ends: bool = False

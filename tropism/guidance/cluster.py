@@ -19,11 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, Denoiser, Prediction, Schedule, bcast
+from tropism.base import WORDS, Cond, Denoiser, Prediction, Schedule, bcast
 from tropism.denoisers import untold
 from tropism.guidance.cfg import ROW, Guided, network_cond
-
-WORDS = "prompt_embeds"
 
 
 @dataclass(frozen=True, eq=False)

@@ -165,7 +165,17 @@ def save_merged(model: Trainable, folder: Path, dtype: torch.dtype) -> None:
         if isinstance(module, nn.Module) and next(module.parameters()).dtype != dtype:
             module.to(dtype)
     model.pipe.save_pretrained(folder, safe_serialization=True)
+    _forget_places(folder)
     (folder / DEFAULTS_FILE).write_text(json.dumps(model.told()), encoding="utf-8")
+
+
+def _forget_places(folder: Path) -> None:
+    """Where each part was loaded from is dropped where it is a folder of this machine; the name of a hub's stays."""
+    for file in [folder / "model_index.json", *folder.glob("*/*config.json")]:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if Path(facts.get("_name_or_path") or folder / "none").exists():
+            del facts["_name_or_path"]
+            file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _merge(net: Any) -> None:

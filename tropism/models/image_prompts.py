@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from tropism.base import Cond, Denoiser
+from tropism.base import WORDS, Cond, Denoiser
 from tropism.image_prompts import relevance, weights, without_content
 
-IMAGES, TEXT = "image_embeds", "prompt_embeds"  # entries of cond
+IMAGES = "image_embeds"  # an entry of cond
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 """weigh(query, key, real) -> (B, M, P), as ``weights(relevance(...))``."""
 
@@ -94,7 +94,7 @@ class ImagePrompted:
         self.model, self.images, self.entities = model, images, entities
         self.zeros = torch.zeros_like(next(iter(images.values())) if isinstance(images, Mapping) else images)
         if entities:
-            network, tokens = model.network, model.null()[TEXT].shape[1]
+            network, tokens = model.network, model.null()[WORDS].shape[1]
             found = {name: _weighed(each, tokens, weigh) for name, each in network.attn_processors.items()}
             network.set_attn_processor(found)
 
@@ -125,12 +125,12 @@ class ImagePrompted:
         told = {**cond, IMAGES: images.to(self.model.device)}
         if self.entities:
             words = {each: self._entities(each) for each in set(map(tuple, names))}
-            told[TEXT] = torch.cat([cond[TEXT], torch.stack([words[tuple(each)] for each in names])], dim=1)
+            told[WORDS] = torch.cat([cond[WORDS], torch.stack([words[tuple(each)] for each in names])], dim=1)
         return told
 
     def _entities(self, names: Sequence[str]) -> Tensor:
         """(M L, C): what the text encoder says at the words of each name alone; zeros elsewhere."""
-        states: Tensor = self.model.encode(list(names))[TEXT].clone()
+        states: Tensor = self.model.encode(list(names))[WORDS].clone()
         for row, name in zip(states, names, strict=True):
             words = len(self.model.pipe.tokenizer(name, add_special_tokens=False).input_ids)
             row[0], row[1 + words :] = 0.0, 0.0  # the start mark, the end mark and padding

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from tropism.guidance.cluster import WORDS, Clustered
+from tropism.base import WORDS
+from tropism.guidance.cluster import Clustered
 from tropism.one_actor import Actor
 from tropism.steering.settings import SteererSettings, check_times
 from tropism.steering.task import Task
