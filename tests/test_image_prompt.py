@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
 from tropism import catalog
+from tropism.base import WORDS
 from tropism.evaluate import deterministic
 from tropism.image_prompts import relevance, weights, without_content
-from tropism.models.image_prompts import IMAGES, TEXT, ImagePrompted, adapted, read_adapter
+from tropism.models.image_prompts import IMAGES, ImagePrompted, adapted, read_adapter
 from tropism.models.pipelines import load_pipeline
 from tropism.steer import steer
 from tropism.worlds.scenes import parse, render
@@ -134,7 +135,7 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same() -> None:
 
 def test_the_network_is_diffusers_to_rounding(model) -> None:
     pipe, prompted = plain_pipeline(), model.image_prompted([RED])
-    x, t, text = normal(2, 8, 8, 8, seed=1), torch.tensor([500, 300]), prompted.encode(TEXTS)[TEXT]
+    x, t, text = normal(2, 8, 8, 8, seed=1), torch.tensor([500, 300]), prompted.encode(TEXTS)[WORDS]
     embeds = pipe.prepare_ip_adapter_image_embeds([RED], None, "cpu", 1, False)[0].expand(2, -1, -1)
     with torch.no_grad():
         theirs = pipe.unet(x, t, text, added_cond_kwargs={"image_embeds": [embeds]}).sample
@@ -152,7 +153,7 @@ def test_a_layer_adds_each_reference_where_it_is_relevant(model) -> None:
     """One cross-attention against the formula, written out with its own layers."""
     prompted = model.image_prompted([RED, BLUE], entities=["a circle", "a star"], scale=0.7)
     cond, attn = prompted.encode(TEXTS), prompted.network.down_blocks[0].attentions[0].transformer_blocks[0].attn2
-    tokens, layer, hidden = model.null()[TEXT].shape[1], attn.processor.inner, normal(2, 64, 192)
+    tokens, layer, hidden = model.null()[WORDS].shape[1], attn.processor.inner, normal(2, 64, 192)
     images = prompted.network.encoder_hid_proj([cond[IMAGES]])[0]
 
     def heads(value: Tensor) -> Tensor:
@@ -165,14 +166,14 @@ def test_a_layer_adds_each_reference_where_it_is_relevant(model) -> None:
             .flatten(2)
         )
 
-    text, entities = cond[TEXT][:, :tokens], cond[TEXT][:, tokens:].unflatten(1, (2, tokens))
+    text, entities = cond[WORDS][:, :tokens], cond[WORDS][:, tokens:].unflatten(1, (2, tokens))
     key = torch.stack([heads(attn.to_k(entities[:, m])) for m in range(2)], dim=1)
     shares = weights(relevance(heads(attn.to_q(hidden)), key, entities.abs().amax(-1) > 0))
     said = attended(attn.to_k(text), attn.to_v(text))
     for m in range(2):
         own = attended(layer.to_k_ip[0](images[:, m]), layer.to_v_ip[0](images[:, m]))
         said = said + 0.7 * shares[:, m, :, None] * own
-    found = attn.processor(attn, hidden, (cond[TEXT], [images]))
+    found = attn.processor(attn, hidden, (cond[WORDS], [images]))
     assert float((found - attn.to_out[0](said)).detach().abs().max()) <= 1e-5
     assert (entities.abs().amax(-1) > 0).sum(-1).tolist() == [[2, 2], [2, 2]]  # "a" and the shape
 
@@ -182,7 +183,7 @@ def test_guidance_leads_away_from_zeros_with_and_without_entities(model) -> None
         prompted = model.image_prompted([RED, BLUE], entities=names)
         null, cond = prompted.null(), prompted.encode(TEXTS)
         assert null.keys() == cond.keys() and not null[IMAGES].any()
-        assert null[TEXT].shape[1:] == cond[TEXT].shape[1:] and null[IMAGES].shape[1:] == cond[IMAGES].shape[1:]
+        assert null[WORDS].shape[1:] == cond[WORDS].shape[1:] and null[IMAGES].shape[1:] == cond[IMAGES].shape[1:]
         assert believed(prompted).isfinite().all()
 
 
@@ -229,7 +230,7 @@ def test_families_are_diffusers_with_the_adapter(family: str, tmp_path: Path) ->
         pipe.set_ip_adapter_scale(0.5)
         added = model._added(x, cond)
         theirs = [
-            pipe.unet(x, t, cond[TEXT], added_cond_kwargs=added | {IMAGES: [each[None]]}).sample
+            pipe.unet(x, t, cond[WORDS], added_cond_kwargs=added | {IMAGES: [each[None]]}).sample
             for each in (embeds, embeds[:1])
         ]
     assert float((ours - theirs[0]).abs().max()) <= 1e-5 and float((one - theirs[1]).abs().max()) <= 1e-5
