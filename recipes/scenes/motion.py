@@ -171,12 +171,13 @@ def caption_of(scene: str, motion: str) -> str:
 
 
 def motion_loss(
-    clips: Clips, latents: Tensor, ids: Tensor, generator: torch.Generator, alphas: Tensor, mixed: bool
+    clips: Clips, latents: Tensor, ids: Tensor, generator: torch.Generator, alphas: Tensor, mixed: int
 ) -> Tensor:
-    """Stage 2: mean squared error of v; latents (B, C, F, h, w). ``mixed``: every frame has a time of its own, so that
-    clear frames say what others will be (diffusion forcing, Chen et al. 2024, 2407.01392)."""
+    """Stage 2: mean squared error of v; latents (B, C, F, h, w). In the first ``mixed`` clips every frame has a time of
+    its own, so that clear frames say what others will be (diffusion forcing, Chen et al. 2024, 2407.01392)."""
     count, frames = len(latents), latents.shape[2]
-    t = times(count * frames, generator).unflatten(0, (count, frames)) if mixed else times(count, generator)
+    t = times(count * frames, generator).unflatten(0, (count, frames))
+    t = t.where((torch.arange(count) < mixed)[:, None], t[:, :1])
     x, v = noised(latents, t, generator, alphas)
     return (clips(x, t, ids) - v).square().mean()
 
@@ -217,27 +218,28 @@ def fit(args: argparse.Namespace, clips: Clips) -> Average:
     chosen = [next(order) for _ in range(args.words + args.steps)]
     clips.push()
     for step in range(first, args.words + args.steps):
-        learnt.text.requires_grad_(step < args.words)
+        learnt.text.requires_grad_(step < args.words or step - args.words >= args.mixed)
         generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
         rows = torch.from_numpy(chosen[step])
         told: dict[str, float] = {}
+        slow = 1.0 if step < args.words else 0.2
         if step < args.words:
             used, share = [words], cosine(step, args.words, 5)
             frame = int(torch.randint(FRAMES, (), generator=generator))
             stills = latents[rows[:4], :, frame : frame + 1].float()
             value, told = words_loss(clips, stills, [scenes[row] for row in rows[:4]], generator, alphas)
         else:
-            used, share = [muon, adam], cosine(step - args.words, args.steps, 20)
+            used, share = [muon, adam, words], cosine(step - args.words, args.steps, 20)
             given = ids[rows].clone()
             given[torch.rand(len(rows), generator=generator) < 0.1] = empty  # for classifier-free guidance
-            mixed = step - args.words < args.mixed
+            mixed = len(rows) if step - args.words < args.mixed else len(rows) // 2
             value = motion_loss(clips, latents[rows].float(), given, generator, alphas, mixed)
         value.backward()
         clips.pull()
         norm = nn.utils.clip_grad_norm_(learnt.parameters(), 1.0)
         for optimizer in used:
             for group in optimizer.param_groups:
-                group["lr"] = (args.text_lr if optimizer is words else args.lr) * share
+                group["lr"] = (slow * args.text_lr if optimizer is words else args.lr) * share
             optimizer.step()
         learnt.zero_grad()
         clips.push()
@@ -269,7 +271,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--words", type=int, default=60, help="steps of stage 1")
     parser.add_argument("--steps", type=int, default=1500, help="of stage 2")
-    parser.add_argument("--mixed", type=int, default=800, help="of those, the first, whose frames differ in time")
+    parser.add_argument(
+        "--mixed",
+        type=int,
+        default=800,
+        help="of those, the first, all of whose clips have frames of different times; half of a step's clips later",
+    )
     parser.add_argument("--batch", type=int, default=6, help="clips of a step")
     parser.add_argument("--clips", type=int, default=3000, help="different clips that are drawn")
     parser.add_argument("--lr", type=float, default=2e-3)
