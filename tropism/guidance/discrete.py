@@ -45,7 +45,7 @@ def reweighted(law: Categorical, value: TokenValue, count: int, generator: Rando
     if count < 1:
         raise ValueError(f"count is {count}; wanted 1 candidate or more")
     rows = torch.arange(law.logits.shape[0], device=law.logits.device)
-    candidates = torch.stack([law.sample(generator) for _ in range(count)], dim=1)  # (B, K, L)
+    candidates = Categorical(law.logits[:, None].expand(-1, count, -1, -1)).sample(generator)  # (B, K, L)
     scores = value(candidates.flatten(0, 1), rows.repeat_interleave(count))
     if scores.shape != (len(rows) * count,):
         raise ValueError(f"value answered {tuple(scores.shape)} for {len(rows) * count} candidates; wanted one each")
