@@ -78,10 +78,11 @@ def draw(
     then know symbols that are less masked than t says, as one does that was trained with a time for each half.
 
     One generator seeds every row's own, so that a row depends on its seed alone. The network is asked once a move, and
-    once more, of which back, for a gradient through it (``rho``) or for ``joint``.
+    a second time for a gradient through it (``rho``; then there is a pass back as well) or for ``joint``. The value is
+    asked for ``count`` candidates a row and move, and for what the guide wants.
 
-    Raises ValueError for ``rows``, ``steps``, ``count`` or a shape below 1, for a network or a value whose answer has
-    another shape, and TypeError where a guide finds no gradient.
+    Raises ValueError for ``rows``, ``steps``, ``count`` or a shape below 1 and for a network or a value whose answer
+    has another shape, TypeError where a guide finds no gradient.
     """
     if min(rows, steps, count, *shape) < 1:
         raise ValueError(f"rows {rows}, steps {steps}, count {count} and shape {shape}; wanted all of them 1 or more")

@@ -4,7 +4,7 @@ A masked flow reveals each position by itself, with the law p(a_i) that a networ
 p(a) exp(value(a)) the law of a position has to be the marginal of the tilted joint law, which is estimated from K whole
 candidates drawn from p: the weights softmax(value) of those that have the symbol there (theorem 3.4). That needs values
 only, and K of them whatever the number of symbols. One candidate drawn by the weights stands for all where a continuous
-part is guided beside (its algorithm 1): ``RewardGuided`` with the value of that candidate.
+part is guided beside (its algorithm 1): ``RewardGuided`` with the value of that candidate. ``tropism.mixed`` does both.
 
 Departures from linhaowei1/TFG-Flow: times are fractions throughout; weights are taken in logarithms; what is revealed
 is never drawn again.
