@@ -346,16 +346,17 @@ def picture(file: Path, args: argparse.Namespace, columns: int = 9) -> None:
     net, task = trained(args.seeds[0], args.out, args.train_steps), TASKS["both"]
     how = ways(task, args.count, args.rho, args.limit, args.below)["joint"]
     rows = {"plain": {}, "guided": how | {"value": lambda x0, said, rows: task.value(x0, said)}}
-    figure, axes = plt.subplots(2, columns, figsize=(1.35 * columns, 3.9))
+    figure, axes = plt.subplots(2, columns, figsize=(1.35 * columns, 3.3))
     for (label, given), line in zip(rows.items(), axes, strict=True):
         drawn = sampled(net, columns, args.seeds[0], args.steps, **given)
-        limits = (-2.7, 2.7)
+        drawn = Mixed(drawn.x - drawn.x.mean(1, keepdim=True), drawn.symbols)
+        limits = (-2.8, 2.8)
         for x, said, fine, number, radius, axis in zip(
             *drawn, valid(*drawn).tolist(), nitrogens(*drawn).tolist(), gyration(*drawn).tolist(), line, strict=True
         ):
-            axis.plot(*x.T, color="#6b7280", zorder=1)
+            axis.plot(*x.T, color="#6b7280", linewidth=2, zorder=1)
             for place, kind in zip(x.tolist(), said.tolist(), strict=True):
-                size = 420 * float(RADII[kind]) + 40
+                size = 260 * float(RADII[kind]) + 45
                 axis.scatter(*place, s=size, color=COLOURS[kind], zorder=2)
                 axis.text(*place, KINDS[kind], ha="center", va="center_baseline", fontsize=6.5, color="white", zorder=3)
             axis.set(xlim=limits, ylim=limits, aspect="equal", xticks=[], yticks=[])

@@ -12,8 +12,8 @@ the weighted candidates, and one, drawn by its weight, stands beside x while x_0
 
 Departures from linhaowei1/TFG-Flow: 1 is noise; strengths are in nats, independent of the grid (``RewardGuided`` has
 ``through`` and ``beside`` for the paper's own); gradients are not clipped entry by entry, ``limit`` bounds a move;
-nothing is centred here, a network that does not mind where a molecule lies takes the mean off what it gets and says,
-and what noise has of it is gone at t = 0. ``joint`` is ours.
+nothing is centred here: a network that does not mind where a molecule lies takes the mean off what it gets and says,
+which leaves the noise's mean in what is drawn (``target`` flow) or none (x0). ``joint`` is ours.
 """
 
 from __future__ import annotations
