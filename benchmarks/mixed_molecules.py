@@ -89,9 +89,13 @@ def valid(x: Tensor, said: Tensor) -> Tensor:
     bonds = RADII[said[:, 1:]] + RADII[said[:, :-1]]
     right = ((distance.diagonal(1, 1, 2) - bonds).abs() < SLACK).all(1)
     far = (distance + 9 * torch.ones(ATOMS, ATOMS).tril(1) > APART).all(2).all(1)
+    return right & far & allowed(said)
+
+
+def allowed(said: Tensor) -> Tensor:
+    """(B,) whether the kinds keep their rule."""
     carbon = said == CARBON
-    bound = (carbon[:, 1:] | carbon[:, :-1]).all(1)
-    return right & far & bound & (said[:, 1:-1] != FLUORINE).all(1)
+    return (carbon[:, 1:] | carbon[:, :-1]).all(1) & (said[:, 1:-1] != FLUORINE).all(1)
 
 
 def nitrogens(x: Tensor, said: Tensor) -> Tensor:
@@ -258,12 +262,15 @@ def sampled(net: Any, rows: int, seed: int, steps: int, chunk: int = 250, **how:
 def ways(task: Task, count: int, rho: float, limit: float, below: float) -> dict[str, dict[str, Any]]:
     """Arguments of ``draw`` by name; a value of symbols alone has nothing that a guide could follow, and one of
     positions alone nothing for candidates."""
-    if not task.smooth:
-        plain: dict[str, Any] = {"count": count, "guide": None}
-        return {"TFG-Flow": plain, "joint": plain | {"joint": True}}
-    both = {"count": count, "guide": partial(RewardGuided, rho=window(rho, 0.0, below), limit=limit)}
-    halves = {"symbols only": both | {"guide": None}, "positions only": both | {"count": 1}}
-    return (halves if task is not TASKS["radius"] else {}) | {"TFG-Flow": both, "joint": both | {"joint": True}}
+    guide = partial(RewardGuided, rho=window(rho, 0.0, below), limit=limit) if task.smooth else None
+    both: dict[str, Any] = {"count": count, "guide": guide, "value": task.value}
+    found = {"TFG-Flow": both, "joint": both | {"joint": True}}
+    if task.smooth and task is not TASKS["radius"]:
+        found = {"symbols only": both | {"guide": None}, "positions only": both | {"count": 1}} | found
+    if "N" in task.wanted:
+        ruled = {"count": 8 * count, "value": lambda x, said: task.value(x, said).where(allowed(said), math.nan)}
+        found |= {f"{name}, {8 * count} by the rule": how | ruled for name, how in found.items() if how["count"] > 1}
+    return found
 
 
 def measured(task: Task, drawn: Mixed, weights: Tensor) -> dict[str, float]:
@@ -306,7 +313,8 @@ def seed_measured(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     pool = sampled(net, args.pool, 1000 + seed, args.steps)
     second = (time.process_time() - began) / args.pool
     even, found = torch.full((args.pool,), 1 / args.pool), []
-    for name, task in TASKS.items():
+    for name in args.tasks:
+        task = TASKS[name]
         weights = task.value(*pool).softmax(0)
         worth, law = int(1 / weights.square().sum()), law_of(pool, weights)
         calls = args.steps * (3 if task.smooth else 2)
@@ -323,11 +331,12 @@ def seed_measured(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             show(found[-1])
         print(f"   TV of {args.rows} from the law itself: {noise_of(law, args.rows, worth)}", flush=True)
         for way, how in ways(task, args.count, args.rho, args.limit, args.below).items():
-            counted, value = Counted(net), Counted(task.value, back=False)
+            if args.only and args.only not in way:
+                continue
+            counted, value = Counted(net), Counted(how["value"], back=False)
             began = time.process_time()
-            drawn = sampled(
-                counted, args.rows, seed, args.steps, value=lambda x0, said, rows, v=value: v(x0, said), **how
-            )
+            how = how | {"value": lambda x0, said, rows, v=value: v(x0, said)}
+            drawn = sampled(counted, args.rows, seed, args.steps, **how)
             spent, same = time.process_time() - began, torch.full((args.rows,), 1 / args.rows)
             row = {"task": name, "way": way, "seed": seed} | measured(task, drawn, same)
             row |= {"TV": float((law_of(drawn, same) - law).abs().sum() / 2), "calls": counted.rows / args.rows}
@@ -386,6 +395,8 @@ def main() -> None:
     parser.add_argument("--rho", type=float, default=1.0)
     parser.add_argument("--limit", type=float, default=0.3, help="of a move, root mean square")
     parser.add_argument("--below", type=float, default=0.6, help="the time from which positions are guided")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--only", help="guided ways with this in their names")
     parser.add_argument("--picture", type=Path, help="draw molecules of the first seed there, and nothing else")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -394,7 +405,8 @@ def main() -> None:
         picture(args.picture, args)
     for seed in [] if args.picture else args.seeds:
         rows = seed_measured(seed, args)
-        (args.out / f"measured-{seed}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        name = f"measured-{seed}{'-' if args.only else ''}{args.only or ''}.json"
+        (args.out / name).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
