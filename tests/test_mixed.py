@@ -26,7 +26,7 @@ from tropism.randomness import row_generators
 from tropism.schedules import RectifiedFlow
 from tropism.transitions import Categorical
 
-SHAPE, ROWS, STEPS = (LENGTH, 1, SYMBOLS), 2000, 16
+SHAPE, ROWS, STEPS = (LENGTH, 1, SYMBOLS), 2000, 12
 MEANS = torch.tensor([1.5, -0.5, 0.5, -1.5])  # of x by its symbol, where the halves depend on one another
 
 
@@ -68,7 +68,7 @@ def drawn(means, value=None, seed=0, rows=ROWS, **settings):
 
 
 def test_plain_draws_follow_the_joint_law():
-    found = draw(network(MEANS), ROWS, SHAPE, 60, generator=torch.Generator().manual_seed(0))
+    found = draw(network(MEANS), ROWS, SHAPE, 40, generator=torch.Generator().manual_seed(0))
     assert found.x.shape == (ROWS, LENGTH, 1) and int(found.symbols.max()) < MASK
     exact = counts(WORDS, prior())
     mean, std = noise_of(exact, ROWS)
@@ -97,7 +97,7 @@ def test_where_the_halves_depend_on_one_another_the_joint_candidate_is_exact_and
     """The value is of the symbols alone, so x given its symbol keeps its law. Without ``joint`` x drifts to where the
     flow would have its symbols, and the symbols follow x."""
     exact = counts(WORDS, prior() * wanted(WORDS).exp())
-    paper = drawn(MEANS, counted, rows=500, guide=None)
+    paper = drawn(MEANS, counted, rows=500, count=32, guide=None)
     assert apart(counts(paper.symbols), exact) - 3 * noise_of(exact, 500)[1] > 0.15
     found = drawn(MEANS, counted, guide=None, joint=True)
     assert apart(counts(found.symbols), exact) + 3 * noise_of(exact, ROWS)[1] < 0.05
