@@ -134,3 +134,15 @@ def test_forbidden_symbols_are_never_drawn_and_kl_stays_a_number():
     assert not (draw == 1).any() and abs(share - wanted) < 4 * (wanted * (1 - wanted) / 50_000) ** 0.5
     assert law.kl(Categorical(torch.zeros(50_000, 3)))[0].isfinite()
     assert Categorical(torch.zeros(50_000, 3)).kl(law)[0] == math.inf
+
+
+def test_symbols_of_a_row_with_a_generator_of_its_own_are_those_of_torch_multinomial():
+    logits = randn(40, 6, 5)
+    logits[:, :, 2] = -math.inf
+    law = Categorical(logits)
+    drawn = law.sample([torch.Generator().manual_seed(row) for row in range(40)])
+    probs = law.log_probs.exp()
+    alone = [torch.multinomial(probs[row], 1, generator=torch.Generator().manual_seed(row))[:, 0] for row in range(40)]
+    assert torch.equal(drawn, torch.stack(alone)) and not (drawn == 2).any()
+    with pytest.raises(ValueError, match="have no law somewhere: NaN, or every symbol forbidden"):
+        Categorical(torch.full((1, 2, 3), -math.inf)).sample([torch.Generator()])

@@ -52,3 +52,11 @@ def normal(shape: Sequence[int], randomness: Randomness, device: torch.device) -
         raise ValueError(f"{len(randomness)} generators for {shape[0]} rows; wanted one a row, or a single one")
     rows = [torch.randn(list(shape[1:]), generator=each, device=each.device) for each in randomness]
     return torch.stack(rows).to(device)
+
+
+def exponential(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard exponential (B, ...), where the generators live. Raises ValueError unless there are B."""
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for {shape[0]} rows; wanted one a row")
+    rows = [torch.empty(list(shape[1:]), device=each.device).exponential_(generator=each) for each in generators]
+    return torch.stack(rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tropism.base import bcast
 from tropism.codebook import nearest
-from tropism.randomness import Randomness, normal
+from tropism.randomness import Randomness, exponential, normal
 
 
 def _event_sum(value: Tensor) -> Tensor:
@@ -135,12 +135,14 @@ class Categorical:
 
     def sample(self, generator: Randomness = None) -> Tensor:
         """(B, ...) int64."""
-        if generator is not None and not isinstance(generator, torch.Generator):
-            rows = zip(self.logits.split(1), generator, strict=True)
-            return torch.cat([Categorical(row).sample(each) for row, each in rows])
-        home = self.logits.device if generator is None else generator.device
-        table = self.log_probs.exp().flatten(0, -2).to(home)
-        return torch.multinomial(table, 1, generator=generator).reshape(self.logits.shape[:-1]).to(self.logits.device)
+        probs, device = self.log_probs.exp(), self.logits.device
+        if generator is None or isinstance(generator, torch.Generator):
+            home = device if generator is None else generator.device
+            drawn = torch.multinomial(probs.flatten(0, -2).to(home), 1, generator=generator).to(device)
+            return drawn.reshape(self.logits.shape[:-1])
+        if probs.isnan().any():
+            raise ValueError(f"logits {tuple(probs.shape)} have no law somewhere: NaN, or every symbol forbidden")
+        return (probs / exponential(probs.shape, generator).to(device)).argmax(-1)  # as torch.multinomial, row by row
 
     def log_prob(self, x: Tensor) -> Tensor:
         """(B, ...) int64 symbols -> (B,) float32."""

@@ -4,7 +4,7 @@ A masked flow reveals each position by itself, with the law p(a_i) that a networ
 p(a) exp(value(a)) the law of a position has to be the marginal of the tilted joint law, which is estimated from K whole
 candidates drawn from p: the weights softmax(value) of those that have the symbol there (theorem 3.4). That needs values
 only, and K of them whatever the number of symbols. One candidate drawn by the weights stands for all where a continuous
-part is guided beside (its algorithm 1): ``RewardGuided`` with the value of that candidate.
+part is guided beside (its algorithm 1): ``RewardGuided`` with the value of that candidate. ``tropism.mixed`` does both.
 
 Departures from linhaowei1/TFG-Flow: times are fractions throughout; weights are taken in logarithms; what is revealed
 is never drawn again.
@@ -45,7 +45,7 @@ def reweighted(law: Categorical, value: TokenValue, count: int, generator: Rando
     if count < 1:
         raise ValueError(f"count is {count}; wanted 1 candidate or more")
     rows = torch.arange(law.logits.shape[0], device=law.logits.device)
-    candidates = torch.stack([law.sample(generator) for _ in range(count)], dim=1)  # (B, K, L)
+    candidates = Categorical(law.logits[:, None].expand(-1, count, -1, -1)).sample(generator)  # (B, K, L)
     scores = value(candidates.flatten(0, 1), rows.repeat_interleave(count))
     if scores.shape != (len(rows) * count,):
         raise ValueError(f"value answered {tuple(scores.shape)} for {len(rows) * count} candidates; wanted one each")
