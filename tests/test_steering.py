@@ -296,10 +296,27 @@ def test_compare_steering_writes_what_it_prints(place: Path, capsys: pytest.Capt
         best["brightness_gain"], best["brightness"] - plain["brightness"], abs_tol=1e-6
     )
     assert set(plain["scores"]) == {"brightness", "contrast"} and len(plain["scores"]["contrast"]) == 4
-    assert report["steerers"] == {"particles": 2}
+    assert report["steerers"] == {"best-of-n": [{"particles": 2}]}
     with (place / "cs" / "report.csv").open() as file:
         assert [row["way"] for row in csv.DictReader(file)] == ["plain", "best-of-n"]
     assert Image.open(place / "cs" / "pictures.png").size[0] > 0 and (place / "cs" / "chart.png").is_file()
+
+
+def test_each_way_keeps_its_own_default_of_a_name_they_share(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "model", "--reward", "redness"]
+    ways = ["compare-steering", "mpgd", "tfg", *model, "--prompts", "prompts.txt", "--images", "2", "--shown", "1"]
+    assert "(tfg: 0)" in said([*ways, "--help"], capsys).out
+
+    def strengths(*words: str) -> list[tuple[float, float]]:
+        out = f"cs{len(words)}"
+        assert not said([*ways, "--inference-steps", "2", "--out", out, *words], capsys).err
+        made = json.loads((place / out / "report.json").read_text())["steerers"]
+        return [(each["mu"], each["scale"]) for (each,) in made.values()]
+
+    assert strengths() == [(1.0, 10.0), (0.0, 10.0)]
+    assert strengths("--mu", "0.5") == [(0.5, 10.0), (0.5, 10.0)]
+    (place / "mu.yaml").write_text("mu: 2\n")
+    assert strengths("--config", "mu.yaml", "--scale", "1") == [(2.0, 1.0), (2.0, 1.0)]
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,8 @@ def _asks_help(words: Sequence[str]) -> bool:
 
 
 def _read(kind: type[Any], words: Sequence[str], command: str, description: str, steers: bool = False) -> Any:
-    """The settings of a command without a method, and where it steers the values of its steerers' own; None when its
-    help was printed instead."""
+    """The settings of a command without a method, and where it steers what was said of its steerers' own, of which all
+    else is as each has it; None when its help was printed instead."""
     from tropism import flags
 
     own = flags.settings_of(kind, "settings")
@@ -231,7 +231,11 @@ def _read(kind: type[Any], words: Sequence[str], command: str, description: str,
         return None
     values = flags.read(parser, settings, words)
     made = kind(**_of(own, values))
-    return (made, _of(settings[len(own) :], values)) if steers else (made,)
+    return (
+        (made, _of([each for each in settings[len(own) :] if each.name in flags.said(words)], values))
+        if steers
+        else (made,)
+    )
 
 
 def _distill(words: list[str]) -> None:

@@ -195,6 +195,14 @@ def checked(parser: ArgumentParser, known: Mapping[str, Setting], entries: Mappi
     return values
 
 
+def said(argv: Sequence[str]) -> set[str]:
+    """Names of the settings that flags and ``--config`` files give, whatever they say. Raises BadInput."""
+    names: set[str] = set()
+    for name, words in words_by_flag(argv):
+        names |= set(read_config(_one(words, "config"))) if name == "config" else {name, name.removeprefix("no_")}
+    return names
+
+
 def words_by_flag(argv: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
     """(name, words) of every flag; a word "none" is left for its setting to read."""
     groups: list[tuple[str, list[str]]] = []

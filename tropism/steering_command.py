@@ -44,7 +44,8 @@ def run_compare_steering(settings: CompareSteeringSettings, steering: Mapping[st
         entries = steering_report(ways, reward, judges, first_images(prompts, settings.images), settings.seed)
     print(table(entries))
     said = {"model": settings.model, "prompts": name, "images": settings.images, "reward": reward.name}
-    said |= {"seed": settings.seed, "steerers": dict(steering or {}), "inference_steps": policy.steps}
+    said |= {"seed": settings.seed, "inference_steps": policy.steps}
+    said |= {"steerers": {way: [vars(each) for each in steerers] for way, steerers in steered.items()}}
     said |= {"device": str(policy.device), "threads": torch.get_num_threads()}
     with new_folder(out) as folder:
         write(folder, entries, said, settings.shown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from tropism.config import BadInput, PickSettings, one_line, read_config, require
@@ -65,8 +65,8 @@ def named_steerers(words: Sequence[str]) -> list[str]:
 
 
 def steerer_flags(ways: Sequence[str], taken: Sequence[str]) -> list[Setting]:
-    """The settings of these ways to steer, each name once. Raises BadInput for an unknown steerer, and for one whose
-    setting the command has already."""
+    """The settings of these ways to steer, each name once, with all defaults that it has. Raises BadInput for an
+    unknown steerer, and for one whose setting the command has already."""
     from tropism import catalog, flags
 
     found: dict[str, Setting] = {}
@@ -75,7 +75,10 @@ def steerer_flags(ways: Sequence[str], taken: Sequence[str]) -> list[Setting]:
             for setting in flags.settings_of(kind, f"settings of {way}" if len(ways) == 1 else "settings of steerers"):
                 if setting.name in taken:
                     raise BadInput(f"{way} has a setting {setting.name}, which this command has too")
-                found.setdefault(setting.name, setting)
+                first = found.setdefault(setting.name, setting)
+                if setting.default != first.default:
+                    doc = f"{first.doc} ({way}: {flags.shown(setting.default)})"
+                    found[setting.name] = replace(first, doc=doc)
     return list(found.values())
 
 

@@ -222,7 +222,7 @@ def fit(args: argparse.Namespace, clips: Clips) -> Average:
         generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
         rows = torch.from_numpy(chosen[step])
         told: dict[str, float] = {}
-        slow = 1.0 if step < args.words else 0.2
+        slow = 1.0 if step < args.words else args.slow
         if step < args.words:
             used, share = [words], cosine(step, args.words, 5)
             frame = int(torch.randint(FRAMES, (), generator=generator))
@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=3000, help="different clips that are drawn")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--text-lr", type=float, default=1e-3, help="of the text encoder, in stage 1")
+    parser.add_argument("--slow", type=float, default=0.2, help="what that rate is multiplied by in stage 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", action="store_true", help="only write the pipeline of the saved state")
     args = parser.parse_args()
