@@ -186,6 +186,10 @@ def place(spatial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_a_folder_takes_what_it_lacks_from_its_base(place: Path) -> None:
     model = load_pipeline("model", image_size=SIZE, guidance_scale=7.5)
     torch.testing.assert_close(ours(ROWS["animatediff"], model), theirs(ROWS["animatediff"], v_clips()))
+    lines = [line for line in model.use("'model'", "none", False, "a red fox") if line.startswith(("from", "pipe ="))]
+    known: dict[str, Any] = {}
+    exec("\n".join(lines), known)
+    assert type(known["pipe"]) is type(model.pipe)
     facts = describe_model("model")
     assert facts["family"].startswith("AnimateDiff") and facts["defaults"] == "3 steps, guidance 2"
     shutil.move("image", "elsewhere")

@@ -59,6 +59,7 @@ class LatentPipeline(Trainable):
     default_guidance: ClassVar[float]
     default_steps: ClassVar[int]
     attention_targets: ClassVar[tuple[str, ...]]  # of the class here
+    borrows = False  # whether its folder lacks parts, which came from another
 
     def __init__(
         self,
@@ -253,9 +254,12 @@ class LatentPipeline(Trainable):
         return kinds[0](**{first: images} | dict.fromkeys(others))
 
     def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
-        """Lines of Python that draw ``prompt`` in plain diffusers (and PEFT)."""
+        """Lines of Python that draw ``prompt`` in plain diffusers (and PEFT); what borrows parts is loaded here first."""
         kind = type(self.pipe.components[self.part]).__name__
         lines = ["from diffusers import DiffusionPipeline", "", f"pipe = DiffusionPipeline.from_pretrained({base})"]
+        if self.borrows:
+            lines[2] = f"pipe = load_pipeline({base}).pipe"
+            lines.insert(1, "from tropism.models.pipelines import load_pipeline")
         if full:
             lines[0] = f"from diffusers import DiffusionPipeline, {kind}"
             lines.append(f'pipe.{self.part} = {kind}.from_pretrained("{adapter}/{self.part}")')

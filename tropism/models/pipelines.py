@@ -90,6 +90,7 @@ def load_pipeline(
     absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
     options = {**absent, **from_pretrained}
     defaults = read_defaults(folder) if local else DISTILLED.get(str(name_or_path), {})
+    borrowed: Path | None = None
     if local:
         parts = {name: value for name, value in index.items() if name not in options}
         borrowed = read_base(folder)
@@ -106,7 +107,7 @@ def load_pipeline(
         image_size=image_size,
         onednn=onednn,
     )
-    model.hops = defaults.get("hops")
+    model.hops, model.borrows = defaults.get("hops"), borrowed is not None
     return model
 
 
