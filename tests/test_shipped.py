@@ -8,30 +8,33 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from tropism import catalog
 from tropism.evaluate import deterministic
 from tropism.models.pipelines import load_pipeline
+from tropism.worlds import moving
 from tropism.worlds.scenes import alter, caption, captions, render_batch, sample_scene, verify_batch
 
-SD, FLOW, LCM = (catalog.WEIGHTS / name for name in ("sd", "flow", "lcm"))
+SD, FLOW, LCM, DMD, CLIPS = (catalog.WEIGHTS / name for name in ("sd", "flow", "lcm", "dmd", "clips"))
 both = pytest.mark.parametrize("folder", [SD, FLOW], ids=["sd", "flow"])
 LIMIT = 30 * 2**20  # bytes of one shipped folder
 
 
-@pytest.mark.parametrize("name", ["sd", "flow", "lcm", "clip", "ip"])
+@pytest.mark.parametrize("name", ["sd", "flow", "lcm", "dmd", "clips", "clip", "ip"])
 def test_a_shipped_folder_is_small_and_has_nothing_pickled(name):
     files = [file for file in (catalog.WEIGHTS / name).rglob("*") if file.is_file()]
     assert 0 < sum(file.stat().st_size for file in files) <= LIMIT
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
 
-@pytest.mark.parametrize("folder", [SD, FLOW, LCM], ids=["sd", "flow", "lcm"])
+@pytest.mark.parametrize("folder", [SD, FLOW, LCM, DMD], ids=["sd", "flow", "lcm", "dmd"])
 def test_plain_diffusers_draws_without_tropism(folder):
     code = f"""
 import sys
-from diffusers import DiffusionPipeline
+from diffusers import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
 pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
 image = pipe("a red circle on a white background", num_inference_steps=2).images[0]
 assert image.size == (64, 64) and not [name for name in sys.modules if name.split(".")[0] == "tropism"]
@@ -75,6 +78,37 @@ def test_few_moves_are_mostly_right(name, made_for, moves, least):
     images = deterministic(model, moves, None, 50).images(texts, torch.Generator().manual_seed(0))
     passed = sum(verdict.passed for verdict in verify_batch(images.float().numpy(), texts))
     assert passed >= least, f"{passed} of 100"
+
+
+def test_clips_in_plain_diffusers_are_those_of_our_chain():
+    model, texts = catalog.load_model("scenes-clips", torch.float32, torch.device("cpu")), moving.captions(2, 0)
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    ours = deterministic(model, 4, None, 2).images(texts, x=noise)
+    still = StableDiffusionPipeline.from_pretrained(SD)
+    pipe = AnimateDiffPipeline(
+        still.vae,
+        CLIPTextModel.from_pretrained(CLIPS / "text_encoder"),
+        CLIPTokenizer.from_pretrained(CLIPS / "tokenizer"),
+        still.unet,
+        MotionAdapter.from_pretrained(CLIPS / "motion_adapter"),
+        still.scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_frames": 4, "num_inference_steps": 4, "guidance_scale": model.guidance_scale, "output_type": "pt"}
+    theirs = pipe(texts, latents=noise, **call).frames
+    assert (ours - torch.cat([*theirs.unbind(1)], dim=-1)).abs().max() <= 1e-3  # a film strip
+
+
+def test_clips_are_right_about_half_the_time():
+    """Half of 64 are; that 2 or fewer of 12 would be is a chance of 1 in 50."""
+    model, texts = (
+        catalog.load_model("scenes-clips", torch.bfloat16, torch.device("cpu")),
+        moving.captions(12, 1, "held_out"),
+    )
+    assert (model.steps, model.guidance_scale) == (20, 3.0)
+    strips = deterministic(model, 12, None, 12).images(texts, torch.Generator().manual_seed(0))
+    passed = sum(verdict.passed for verdict in moving.verify_batch(strips.float().numpy(), texts))
+    assert passed >= 3, f"{passed} of 12"
 
 
 def test_the_clip_prefers_the_caption_of_a_picture():

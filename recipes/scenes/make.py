@@ -19,7 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "tropism" / "worlds" / "scenes" / "weights"
 LONGER = ["--steps", "5000", "--lr", "1.2e-3", "--seed", "1"]  # the flow's second warm-up and decay: see docs/scenes.md
-DEFAULTS = {"sd": {"guidance_scale": 3.0, "steps": 20}, "flow": {"guidance_scale": 3.0, "steps": 20}}
+GUIDED = {"guidance_scale": 3.0, "steps": 20}
+DEFAULTS = {"sd": GUIDED, "flow": GUIDED, "clips": {**GUIDED, "base": "../sd"}}
 
 
 def stages(work: Path) -> list[tuple[Path, list[str]]]:
@@ -40,6 +41,7 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
         ),
         (work / "lcm/pipeline/model_index.json", ["few.py", "--out", str(work / "lcm")]),
         (work / "dmd/pipeline/model_index.json", ["one.py", "--out", str(work / "dmd")]),
+        (work / "motion/pipeline/model_index.json", ["motion.py", "--out", str(work / "motion")]),
         (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
         (work / "ip/final/ip_adapter.safetensors", ["ip_adapter.py", "--out", str(work / "ip")]),
     ]
@@ -52,6 +54,7 @@ def install(work: Path) -> None:
         "flow": "flow/pipeline",
         "lcm": "lcm/pipeline",
         "dmd": "dmd/pipeline",
+        "clips": "motion/pipeline",
         "clip": "clip/final",
         "ip": "ip/final",
     }

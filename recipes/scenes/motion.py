@@ -8,7 +8,7 @@ A departure: the text encoder is learnt too, in a stage before. Behind frozen la
 alone differ by 1 % in what the first motion module sees, little more than what bf16 rounds away. So at first the
 encoder alone learns to make motions tell there, without changing the picture that the frozen layers draw.
 
-    python recipes/scenes/motion.py --out ~/scenes-weights/motion --steps 1500
+    python recipes/scenes/motion.py --out ~/scenes-weights/motion
 """
 
 from __future__ import annotations
@@ -269,19 +269,19 @@ def export(clips: Clips, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--words", type=int, default=60, help="steps of stage 1")
-    parser.add_argument("--steps", type=int, default=1500, help="of stage 2")
+    parser.add_argument("--words", type=int, default=40, help="steps of stage 1")
+    parser.add_argument("--steps", type=int, default=5600, help="of stage 2")
     parser.add_argument(
         "--mixed",
         type=int,
-        default=800,
+        default=1400,
         help="of those, the first, all of whose clips have frames of different times; half of a step's clips later",
     )
-    parser.add_argument("--batch", type=int, default=6, help="clips of a step")
-    parser.add_argument("--clips", type=int, default=3000, help="different clips that are drawn")
+    parser.add_argument("--batch", type=int, default=8, help="clips of a step")
+    parser.add_argument("--clips", type=int, default=8000, help="different clips that are drawn")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--text-lr", type=float, default=1e-3, help="of the text encoder, in stage 1")
-    parser.add_argument("--slow", type=float, default=0.2, help="what that rate is multiplied by in stage 2")
+    parser.add_argument("--slow", type=float, default=1.0, help="what that rate is multiplied by in stage 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", action="store_true", help="only write the pipeline of the saved state")
     args = parser.parse_args()

@@ -254,7 +254,7 @@ class LatentPipeline(Trainable):
         return kinds[0](**{first: images} | dict.fromkeys(others))
 
     def use(self, base: str, adapter: str, full: bool, prompt: str) -> list[str]:
-        """Lines of Python that draw ``prompt`` in plain diffusers (and PEFT); what borrows parts is loaded here first."""
+        """Lines of Python that draw ``prompt`` in plain diffusers (and PEFT); here, where it borrows parts."""
         kind = type(self.pipe.components[self.part]).__name__
         lines = ["from diffusers import DiffusionPipeline", "", f"pipe = DiffusionPipeline.from_pretrained({base})"]
         if self.borrows:
