@@ -1,6 +1,6 @@
 """CoNo on a clip model of moving scenes: where the object is at the joins of long clips, against clips end to end.
 
-python benchmarks/cono_clips.py --model ~/scenes-weights/motion/pipeline
+python benchmarks/cono_clips.py
 
 Long clips of two, both with one held-out caption. Of the object's centre, in pixels of 64: the root mean square step at
 joins, where frames of two clips meet, and elsewhere; and the share of frames that are accepted as pictures of the
@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tropism.catalog import check_model
 from tropism.long_clips import Extension, extend
 from tropism.models.pipelines import load_pipeline
 from tropism.policy import Policy
@@ -57,14 +57,14 @@ def measured(strips: Tensor, texts: list[str], joined: list[int]) -> tuple[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of an AnimateDiff pipeline")
+    parser.add_argument("--model", default="scenes-clips", help="a model of the package, or folder of a pipeline")
     parser.add_argument("--captions", type=int, default=12)
     parser.add_argument("--moves", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {vars(args)}", flush=True)
-    model = load_pipeline(args.model, dtype=torch.bfloat16)
+    model = load_pipeline(check_model(args.model), dtype=torch.bfloat16)
     policy, texts = Policy(model, solver(model.denoiser), args.moves), captions(args.captions, 3, "held_out")
     for name, how in WAYS.items():
         generator = torch.Generator().manual_seed(args.seed)
