@@ -82,9 +82,9 @@ class _Sheet:
         self.image = Image.new("RGB", (width, height), PAPER)
         self._draw = ImageDraw.Draw(self.image)
 
-    def picture(self, tile: Image.Image, x: int, y: int) -> None:
-        """In the middle of a TILE x TILE square, with a hairline around it."""
-        x, y = x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2
+    def picture(self, tile: Image.Image, x: int, y: int, tall: int) -> None:
+        """In the middle of a cell, TILE wide and so tall, with a hairline around it."""
+        x, y = x + (TILE - tile.width) // 2, y + (tall - tile.height) // 2
         self.image.paste(tile, (x, y))
         self._draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline="#d0d7de")
 
@@ -100,10 +100,12 @@ def grid(
     images: Tensor, captions: Sequence[str], notes: Sequence[str] = (), title: str = "", columns: int = 0
 ) -> Image.Image:
     """Pictures (N, 3, H, W) in rows, captions below them, and below those a note (a reward), if given."""
+    tiles = [_tile(pixels) for pixels in images]
+    tall = max(tile.height for tile in tiles)
     columns = min(len(images), columns or max(4, min(8, math.isqrt(len(images)))))
     texts = [wrap(text, TILE) for text in captions]
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    heights = [max(len(texts[i]) for i in row) * LINE + (LINE if notes else 0) + TILE + 8 for row in rows]
+    heights = [max(len(texts[i]) for i in row) * LINE + (LINE if notes else 0) + tall + 8 for row in rows]
     top = MARGIN + (30 if title else 0)
     wide = columns * TILE + (columns - 1) * GAP
     sheet = _Sheet(wide + 2 * MARGIN, top + sum(heights) + GAP * (len(rows) - 1) + MARGIN)
@@ -113,10 +115,10 @@ def grid(
     for row, height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             x = MARGIN + column * (TILE + GAP)
-            sheet.picture(_tile(images[i]), x, y)
-            sheet.lines(x, y + TILE + 6, texts[i])
+            sheet.picture(tiles[i], x, y, tall)
+            sheet.lines(x, y + tall + 6, texts[i])
             if notes:
-                sheet.text(x, y + TILE + 6 + len(texts[i]) * LINE, notes[i], FAINT)
+                sheet.text(x, y + tall + 6 + len(texts[i]) * LINE, notes[i], FAINT)
         y += height + GAP
     return sheet.image
 
@@ -150,25 +152,26 @@ def before_after(
     labels: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
     """One column a prompt: the caption, the picture before (N, 3, H, W), its reward, the picture after, its reward."""
-    texts = [wrap(text, TILE) for text in captions]
+    texts, tiles = [wrap(text, TILE) for text in captions], [[_tile(each) for each in row] for row in (before, after)]
+    tall = max(tile.height for tile in [*tiles[0], *tiles[1]])
     head, caption = MARGIN + 54, max(len(text) for text in texts) * LINE + 8
-    first, second = head + caption, head + caption + TILE + LINE + 18
+    first, second = head + caption, head + caption + tall + LINE + 18
     wide = GUTTER + len(before) * (TILE + GAP) - GAP
-    sheet = _Sheet(wide + 2 * MARGIN, second + TILE + LINE + 8 + MARGIN)
+    sheet = _Sheet(wide + 2 * MARGIN, second + tall + LINE + 8 + MARGIN)
     sheet.text(MARGIN, MARGIN - 4, _cut(title, wide, _font(17, True)), size=17, bold=True)
     sheet.text(MARGIN, MARGIN + 22, _cut(subtitle, wide, _font(SIZE)), FAINT)
-    sheet.text(MARGIN, first + TILE // 2 - 8, labels[0], FAINT, 15, True)
-    sheet.text(MARGIN, second + TILE // 2 - 8, labels[1], INK, 15, True)
+    sheet.text(MARGIN, first + tall // 2 - 8, labels[0], FAINT, 15, True)
+    sheet.text(MARGIN, second + tall // 2 - 8, labels[1], INK, 15, True)
     for i, (old, new) in enumerate(zip(scores[0].tolist(), scores[1].tolist(), strict=True)):
         x = MARGIN + GUTTER + i * (TILE + GAP)
         sheet.lines(x, first - 6 - len(texts[i]) * LINE, texts[i])
-        sheet.picture(_tile(before[i]), x, first)
-        sheet.picture(_tile(after[i]), x, second)
-        sheet.text(x, first + TILE + 5, number(old), FAINT)
-        sheet.text(x, second + TILE + 5, number(new))
+        sheet.picture(tiles[0][i], x, first, tall)
+        sheet.picture(tiles[1][i], x, second, tall)
+        sheet.text(x, first + tall + 5, number(old), FAINT)
+        sheet.text(x, second + tall + 5, number(new))
         if not math.isnan(new - old):
             colour = GOOD if new > old else BAD if new < old else FAINT
-            sheet.text(x + 62, second + TILE + 5, f"{new - old:+.{_decimals(old, new)}f}", colour, bold=True)
+            sheet.text(x + 62, second + tall + 5, f"{new - old:+.{_decimals(old, new)}f}", colour, bold=True)
     return sheet.image
 
 

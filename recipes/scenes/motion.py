@@ -4,9 +4,10 @@ AnimateDiff (2307.04725): a temporal transformer after every block of the UNet, 
 with noise of its own in every frame, more often at high noise, where it is decided what moves where. bf16 over float32
 weights, Muon for matrices.
 
-A departure: the text encoder is learnt too, in a stage before. Behind frozen layers, captions that differ in the motion
-alone differ by 1 % in what the first motion module sees, little more than what bf16 rounds away. So at first the
-encoder alone learns to make motions tell there, without changing the picture that the frozen layers draw.
+A departure: the text encoder is learnt too, at first alone and in the end beside the modules. Behind frozen layers,
+captions that differ in the motion alone differ by 1 % in what the first motion module sees, little more than what bf16
+rounds away. So at first the encoder learns to make motions tell there, without changing the picture that the frozen
+layers draw.
 
     python recipes/scenes/motion.py --out ~/scenes-weights/motion
 """
@@ -275,13 +276,13 @@ def main() -> None:
         "--mixed",
         type=int,
         default=1400,
-        help="of those, the first, all of whose clips have frames of different times; half of a step's clips later",
+        help="of those, the first: all clips have a time a frame (later half of them), and words stay",
     )
     parser.add_argument("--batch", type=int, default=8, help="clips of a step")
     parser.add_argument("--clips", type=int, default=8000, help="different clips that are drawn")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--text-lr", type=float, default=1e-3, help="of the text encoder, in stage 1")
-    parser.add_argument("--slow", type=float, default=1.0, help="what that rate is multiplied by in stage 2")
+    parser.add_argument("--text-lr", type=float, default=1e-3, help="of the text encoder")
+    parser.add_argument("--slow", type=float, default=1.0, help="what that rate is multiplied by after stage 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", action="store_true", help="only write the pipeline of the saved state")
     args = parser.parse_args()
