@@ -229,13 +229,9 @@ def _read(kind: type[Any], words: Sequence[str], command: str, description: str,
     if _asks_help(words):
         print(parser.format_help())
         return None
-    values = flags.read(parser, settings, words)
-    made = kind(**_of(own, values))
-    return (
-        (made, _of([each for each in settings[len(own) :] if each.name in flags.said(words)], values))
-        if steers
-        else (made,)
-    )
+    said = flags.said(parser, settings, words)
+    made = kind(**_of(own, said))
+    return (made, _of(settings[len(own) :], said)) if steers else (made,)
 
 
 def _distill(words: list[str]) -> None:
@@ -305,7 +301,7 @@ def _train_settings(method: str, words: Sequence[str], command: str) -> tuple[st
 
 
 def _of(settings: Sequence[Setting], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {setting.name: values[setting.name] for setting in settings}
+    return {setting.name: values[setting.name] for setting in settings if setting.name in values}
 
 
 def _demo(words: list[str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tropism.base import Cond, TextToImage
+from tropism.base import WORDS, Cond, TextToImage
 from tropism.guidance.cfg import Scale, step
 from tropism.randomness import row_generators, row_seeds
 
@@ -54,7 +54,7 @@ class Exploration:
         if self.low is not None:
             perturbed["guidance_low"] = torch.full((count,), self.low, device=device).where(chosen, math.nan)
         if self.phrase_weights != (1.0, 1.0):
-            perturbed["prompt_embeds"] = self._reweighted(model, prompts, cond, chosen, own)
+            perturbed[WORDS] = self._reweighted(model, prompts, cond, chosen, own)
         return perturbed
 
     def _reweighted(
@@ -62,11 +62,11 @@ class Exploration:
     ) -> Tensor:
         """z' = z_null + w (z - z_null) for the tokens of each phrase, w one draw a phrase; other tokens stay as they
         are."""
-        embeds = cond["prompt_embeds"]
+        embeds = cond[WORDS]
         phrase = model.phrases(prompts).to(embeds.device)
         low, high = self.phrase_weights
         count = int(phrase.max()) + 1
         draws = torch.stack([low + (high - low) * torch.rand(count, generator=each) for each in own]).to(embeds)
-        null, weight = model.null()["prompt_embeds"].to(embeds), draws.gather(1, phrase.clamp(min=0))
+        null, weight = model.null()[WORDS].to(embeds), draws.gather(1, phrase.clamp(min=0))
         touched = ((phrase >= 0) & chosen[:, None])[..., None]
         return (null + weight[..., None] * (embeds - null)).where(touched, embeds)

@@ -151,12 +151,23 @@ def build_parser(prog: str, description: str, settings: Sequence[Setting]) -> Ar
 def read(
     parser: ArgumentParser, settings: Sequence[Setting], argv: Sequence[str], method: str | None = None
 ) -> dict[str, Any]:
-    """Values by name: defaults, then ``--config`` files, then flags. Raises BadInput.
+    """Values by name: defaults, and over them what is said. Raises BadInput as ``said``."""
+    defaults = {setting.name: setting.default for setting in settings}
+    pairs = {
+        setting.name: tuple(setting.default) for setting in settings if setting.pair and setting.default is not None
+    }
+    return defaults | pairs | said(parser, settings, argv, method)
+
+
+def said(
+    parser: ArgumentParser, settings: Sequence[Setting], argv: Sequence[str], method: str | None = None
+) -> dict[str, Any]:
+    """Values by name that ``--config`` files give, and over them flags. Raises BadInput.
 
     A file may say which method it is for; that must be ``method``.
     """
     known = {setting.name: setting for setting in settings}
-    values = {setting.name: setting.default for setting in settings}
+    values: dict[str, Any] = {}
     given = list(words_by_flag(argv))
     for name, words in given:
         if name == "config":
@@ -193,14 +204,6 @@ def checked(parser: ArgumentParser, known: Mapping[str, Setting], entries: Mappi
         except (ArgumentError, TypeError, ValueError) as error:
             raise BadInput(f"{name} is {value!r}; wanted {wanted(setting.kind)}") from error
     return values
-
-
-def said(argv: Sequence[str]) -> set[str]:
-    """Names of the settings that flags and ``--config`` files give, whatever they say. Raises BadInput."""
-    names: set[str] = set()
-    for name, words in words_by_flag(argv):
-        names |= set(read_config(_one(words, "config"))) if name == "config" else {name, name.removeprefix("no_")}
-    return names
 
 
 def words_by_flag(argv: Sequence[str]) -> Iterable[tuple[str, list[str]]]:

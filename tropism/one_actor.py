@@ -32,7 +32,7 @@ from tropism.base import WORDS, take
 from tropism.denoisers import denoising_error
 from tropism.guidance.cluster import moved
 from tropism.policy import Policy
-from tropism.randomness import normal, row_generators, row_seeds
+from tropism.randomness import each_row, normal
 
 GROUPS = 4
 
@@ -119,7 +119,7 @@ def cast(policy: Policy, prompts: Sequence[str], seed: int = 0) -> Cast:
     if features is None:
         raise ValueError("one-actor reads the middle of a UNet, which this model has not; take one of Stable Diffusion")
     count, cond = len(prompts), policy.model.encode(prompts)
-    generators = row_generators(row_seeds(count, torch.Generator().manual_seed(seed)))
+    generators = each_row(torch.Generator().manual_seed(seed), count)
     x = normal((count, *policy.model.latent_shape), generators, policy.device)
     ends, seen = [], []
     for rows in torch.arange(count).split(policy.microbatch):

@@ -25,16 +25,14 @@ SHIPPED: Mapping[str, str] = {
     "scenes-dmd": "dmd",
     "scenes-clips": "clips",
 }
-CLIPS = "scenes-clips"
 MELODIES = Path(__file__).parents[1] / "worlds" / "melodies" / "weights" / "melodies.safetensors"
 BUILT: Mapping[str, str] = {"melodies": "tropism.catalog.models:melodies"}  # names of functions
+WORLDS: Mapping[str, str] = {**dict.fromkeys(SHIPPED, "scenes"), "scenes-clips": "moving", "melodies": "melodies"}
 
 
 def world_of(model: str) -> str | None:
     """The world that a model of the package draws: its prompts, and its reward, are called so. None for any other."""
-    if model == CLIPS:
-        return "moving"
-    return model if model in BUILT else "scenes" if model in SHIPPED else None
+    return WORLDS.get(model)
 
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")

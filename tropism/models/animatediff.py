@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tropism.base import Cond
+from tropism.base import WORDS, Cond
 from tropism.models.adapters import LORA_FILE, Lora
 from tropism.models.latent_pipeline import NO_FLOW, About
 from tropism.models.motion import FOLDER, Motion, SpatialLora, spatial_lora
@@ -62,7 +62,7 @@ class AnimateDiff(StableDiffusion):
         raise ValueError("the attention of a clip model cannot be shared; set cross_share and self_share to 0")
 
     def _predict(self, net: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> Tensor:
-        told = {**cond, "prompt_embeds": cond["prompt_embeds"].repeat_interleave(x.shape[2], 0)}
+        told = {**cond, WORDS: cond[WORDS].repeat_interleave(x.shape[2], 0)}
         return super()._predict(net, x, tau, told)
 
     def decode(self, latents: Tensor) -> Tensor:

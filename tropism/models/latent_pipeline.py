@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from tropism.base import Denoiser, Hops
+from tropism.base import WORDS, Denoiser, Hops
 from tropism.models.adapters import Trained
 from tropism.models.few_step import scheduler_lines
 from tropism.models.onednn import twin, twin_pays
@@ -167,7 +167,7 @@ class LatentPipeline(Trainable):
 
     def _by_token(self, prompts: Sequence[str], find: Callable[[int], Tensor], nothing: int) -> Tensor:
         """(B, L) of cond["prompt_embeds"]: what ``find`` says of the tokenizer's tokens, ``nothing`` of all others."""
-        length = self.encode(prompts)["prompt_embeds"].shape[1]
+        length = self.encode(prompts)[WORDS].shape[1]
         tokens = min(length, int(self.pipe.tokenizer.model_max_length))
         return torch.nn.functional.pad(find(tokens), (0, length - tokens), value=nothing)
 

@@ -37,7 +37,7 @@ def extended_noise(noise: Tensor, shared: int, axis: int) -> Tensor:
     the last to the first."""
     frames = noise.shape[axis]
     order = [*range(frames - shared, frames), *range(frames - shared - 1, -1, -1)]
-    return noise.index_select(axis, torch.tensor(order, device=noise.device))
+    return frames_of(noise, order, axis)
 
 
 def regularised(eps: Tensor, content: Tensor, step: float, axis: int) -> Tensor:
