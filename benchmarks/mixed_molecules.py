@@ -104,10 +104,11 @@ def ways(task: Task, count: int, rho: float, limit: float, below: float) -> dict
     return found
 
 
-def measured(task: Task, drawn: Mixed, weights: Tensor) -> dict[str, float]:
-    """Of samples with ``weights`` (B,) that add up to 1."""
+def measured(task: Task, drawn: Mixed, weights: Tensor, law: Tensor) -> dict[str, float]:
+    """Of samples with ``weights`` (B,) that add up to 1; ``law`` (ATOMS + 1,) is what their number of N should have."""
     found = {name: float(error @ weights) for name, error in task.errors(drawn).items()}
-    return found | {"valid": float(valid(*drawn).float() @ weights)}
+    apart = float((law_of(drawn, weights) - law).abs().sum() / 2)
+    return found | {"valid": float(valid(*drawn).float() @ weights), "TV": apart}
 
 
 def best_of(task: Task, pool: Mixed, count: int) -> Tensor:
@@ -156,8 +157,7 @@ def seed_measured(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             ("best, equal values", best_of(task, pool, values), values),
             (f"law, worth {worth}", weights, 0),
         ):
-            row = {"task": name, "way": way, "seed": seed} | measured(task, pool, what)
-            row |= {"TV": float((law_of(pool, what) - law).abs().sum() / 2)}
+            row = {"task": name, "way": way, "seed": seed} | measured(task, pool, what, law)
             found.append(row | {"calls": k * args.steps, "values": k, "seconds": k * second})
             show(found[-1])
         print(f"   TV of {args.rows} from the law itself: {noise_of(law, args.rows, worth)}", flush=True)
@@ -169,9 +169,9 @@ def seed_measured(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             how = how | {"value": lambda x0, said, rows, v=value: v(x0, said)}
             drawn = sampled(counted, args.rows, seed, args.steps, **how)
             spent, same = time.process_time() - began, torch.full((args.rows,), 1 / args.rows)
-            row = {"task": name, "way": way, "seed": seed} | measured(task, drawn, same)
-            row |= {"TV": float((law_of(drawn, same) - law).abs().sum() / 2), "calls": counted.rows / args.rows}
-            found.append(row | {"values": value.rows / args.rows, "seconds": spent / args.rows})
+            row = {"task": name, "way": way, "seed": seed} | measured(task, drawn, same, law)
+            costs = {"calls": counted.rows, "values": value.rows, "seconds": spent}
+            found.append(row | {name: cost / args.rows for name, cost in costs.items()})
             show(found[-1])
     return found
 
