@@ -11,6 +11,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["MPLBACKEND"] = "Agg"
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +43,16 @@ def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-lcm")
     tiny.lcm_pipeline().save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, Any]]:
+    """By family: the base model, a run on it, and the model with what it trained; not to be written to."""
+    import tiny
+    from exporting import make_run
+
+    home = tmp_path_factory.mktemp("export")
+    found = {}
+    for family, base in (("sd", tiny.sd_folder(home / "sd")), ("sd3", tiny.sd3_folder(home / "sd3", t5=True))):
+        found[family] = (base, home / family / "run", make_run(home / family / "run", base))
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from exporting import STEPS, export, make_run
 from families import ROWS
 from families import ours as drawn
 from families import theirs as drawn_there
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from peft import PeftModel
-from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_run import said, small_place, train_words
 
 from tropism.cli import main
@@ -34,49 +31,9 @@ from tropism.models.pipelines import load_pipeline
 
 FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 NAMED = {"diffusers": LORA_FILE, "peft": "adapter_model.safetensors", "kohya": "run.safetensors"}
-STEPS = 3
-
-
-def make_run(folder: Path, model: Path, full: bool = False, alpha: int = 6, seed: int = 1) -> LatentPipeline:
-    """A run's folder as ``tropism train`` leaves it, with random weights in its adapter; returns its model."""
-    trained = load_pipeline(model, onednn=False, steps=STEPS)
-    trained.train_full() if full else trained.add_lora(2, alpha)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trained.parameters():
-        step = torch.randn(parameter.shape, generator=generator)
-        parameter.data.add_(0.02 * step) if full else parameter.data.copy_(0.3 * step)
-    trained.save_adapter(folder / "adapter")
-    config = {"method": "ddpo", "model": str(model), "reward": ["brightness=2", "redness"], "seed": 7, "full": full}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows: list[dict[str, Any]] = [
-        {"step": 0, "eval_reward": 0.25, "eval_brightness": 0.5},
-        {"step": 1, "reward_mean": 0.3},
-        {"step": 2, "eval_reward": 0.75, "eval_brightness": 0.875, "eval_gain": 0.5, "eval_gain_low": 0.25,
-         "eval_gain_high": 0.75, "eval_win_rate": 0.75},
-    ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "samples").mkdir()
-    for name in ("before_after.png", "samples/step-000000.png", "samples/step-000002.png"):
-        Image.new("RGB", (4, 4)).save(folder / name)
-    return trained
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, LatentPipeline]]:
-    """By family: the base model, a run on it, and the model with what it trained."""
-    home = tmp_path_factory.mktemp("export")
-    found = {}
-    for family, base in (("sd", tiny.sd_folder(home / "sd")), ("sd3", tiny.sd3_folder(home / "sd3", t5=True))):
-        found[family] = (base, home / family / "run", make_run(home / family / "run", base))
-    return found
 
 
 families = pytest.mark.parametrize("family", ["sd", "sd3"])
-
-
-def export(run: Path, out: Path, *words: str) -> Path:
-    assert main(["export", str(run), "--out", str(out), *words]) == 0
-    return out
 
 
 def plain(base: Path) -> Any:
@@ -106,8 +63,8 @@ def check_equal(pipe: Any, model: LatentPipeline, base: Path) -> None:
 
 
 @families
-def test_diffusers_file_draws_the_same(family: str, places: Any, tmp_path: Path) -> None:
-    base, run, model = places[family]
+def test_diffusers_file_draws_the_same(family: str, exported_runs: Any, tmp_path: Path) -> None:
+    base, run, model = exported_runs[family]
     out, pipe = export(run, tmp_path / "out"), plain(base)
     pipe.load_lora_weights(out)
     check_equal(pipe, model, base)
@@ -118,8 +75,8 @@ def test_diffusers_file_draws_the_same(family: str, places: Any, tmp_path: Path)
 
 
 @families
-def test_peft_folder_draws_the_same(family: str, places: Any, tmp_path: Path) -> None:
-    base, run, model = places[family]
+def test_peft_folder_draws_the_same(family: str, exported_runs: Any, tmp_path: Path) -> None:
+    base, run, model = exported_runs[family]
     out, pipe = export(run, tmp_path / "out", "--format", "peft"), plain(base)
     setattr(pipe, model.part, PeftModel.from_pretrained(getattr(pipe, model.part), out))
     check_equal(pipe, model, base)
@@ -128,8 +85,8 @@ def test_peft_folder_draws_the_same(family: str, places: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("format", ["kohya", "comfyui"])
-def test_kohya_names_of_a_unet_draw_the_same(format: str, places: Any, tmp_path: Path) -> None:
-    base, run, model = places["sd"]
+def test_kohya_names_of_a_unet_draw_the_same(format: str, exported_runs: Any, tmp_path: Path) -> None:
+    base, run, model = exported_runs["sd"]
     out, pipe = export(run, tmp_path / "out", "--format", format), plain(base)
     tensors = load_file(out / "run.safetensors")
     ends = {name.partition(".")[2] for name in tensors}
@@ -157,9 +114,9 @@ class Original(dict[str, torch.Tensor]):
         return self.lora[f"{kohya}.alpha"] / down.shape[0] * up @ down
 
 
-def test_kohya_names_of_sd3_draw_the_same(places: Any, tmp_path: Path) -> None:
+def test_kohya_names_of_sd3_draw_the_same(exported_runs: Any, tmp_path: Path) -> None:
     """Query, key and value are one layer there; diffusers' converter of SD3's own checkpoints takes them apart."""
-    base, run, model = places["sd3"]
+    base, run, model = exported_runs["sd3"]
     lora = load_file(export(run, tmp_path / "out", "--format", "kohya") / "run.safetensors")
     assert lora["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"].shape == (6, 16)
     assert lora["lora_unet_joint_blocks_0_x_block_attn_qkv.alpha"] == 18.0
@@ -189,16 +146,16 @@ def add_as_comfyui(net: torch.nn.Module, lora: dict[str, torch.Tensor]) -> None:
     assert not layers
 
 
-def test_comfyui_names_of_sd3_draw_the_same(places: Any, tmp_path: Path) -> None:
-    base, run, model = places["sd3"]
+def test_comfyui_names_of_sd3_draw_the_same(exported_runs: Any, tmp_path: Path) -> None:
+    base, run, model = exported_runs["sd3"]
     lora = load_file(export(run, tmp_path / "out", "--format", "comfyui") / "run.safetensors")
     pipe = plain(base)
     add_as_comfyui(pipe.transformer, lora)
     check_equal(pipe, model, base)
 
 
-def test_comfyui_file_without_alphas_is_read_by_diffusers_too(places: Any, tmp_path: Path) -> None:
-    base = places["sd3"][0]
+def test_comfyui_file_without_alphas_is_read_by_diffusers_too(exported_runs: Any, tmp_path: Path) -> None:
+    base = exported_runs["sd3"][0]
     model = make_run(tmp_path / "run", base, alpha=2)
     out, pipe = export(tmp_path / "run", tmp_path / "out", "--format", "comfyui"), plain(base)
     pipe.load_lora_weights(out, weight_name="run.safetensors")
@@ -207,8 +164,8 @@ def test_comfyui_file_without_alphas_is_read_by_diffusers_too(places: Any, tmp_p
 
 @families
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_merged_pipeline_draws_the_same(family: str, full: bool, places: Any, tmp_path: Path) -> None:
-    base, run, model = places[family]
+def test_merged_pipeline_draws_the_same(family: str, full: bool, exported_runs: Any, tmp_path: Path) -> None:
+    base, run, model = exported_runs[family]
     if full:
         run, model = tmp_path / "run", make_run(tmp_path / "run", base, full=True)
     out = export(run, tmp_path / "out", "--merge")
@@ -263,8 +220,8 @@ def test_pixart_is_refused_where_nothing_reads_it(format: str, sentence: str, tm
     assert not list((tmp_path / "run").glob("export*"))
 
 
-def test_header_says_what_the_weights_are(places: Any, tmp_path: Path) -> None:
-    base, run, _ = places["sd"]
+def test_header_says_what_the_weights_are(exported_runs: Any, tmp_path: Path) -> None:
+    base, run, _ = exported_runs["sd"]
     for format, name in NAMED.items():
         file = export(run, tmp_path / format, "--format", format) / name
         with safe_open(str(file), framework="pt") as opened:
@@ -282,8 +239,8 @@ def test_header_says_what_the_weights_are(places: Any, tmp_path: Path) -> None:
     assert "sshs_legacy_hash" not in said_  # the old hash looks at bytes that a small file does not have
 
 
-def test_card_has_the_pictures_the_rewards_and_the_use(places: Any, tmp_path: Path) -> None:
-    base, run, _ = places["sd"]
+def test_card_has_the_pictures_the_rewards_and_the_use(exported_runs: Any, tmp_path: Path) -> None:
+    base, run, _ = exported_runs["sd"]
     out = export(run, tmp_path / "out", "--format", "kohya")
     card = (out / "README.md").read_text()
     facts = next(yaml.safe_load_all(card))
@@ -297,8 +254,10 @@ def test_card_has_the_pictures_the_rewards_and_the_use(places: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "peft", "kohya", "merged"])
-def test_the_use_of_the_card_works(kind: str, places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, run, model = places["sd"]
+def test_the_use_of_the_card_works(
+    kind: str, exported_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run, model = exported_runs["sd"]
     words = ["--merge"] if kind == "merged" else ["--format", kind]
     out = export(run, tmp_path / "out", *words)
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -309,17 +268,17 @@ def test_the_use_of_the_card_works(kind: str, places: Any, tmp_path: Path, monke
     check_equal(names["pipe"], model, base)
 
 
-def test_half_precision_rounds_weights_and_keeps_alpha(places: Any, tmp_path: Path) -> None:
-    _, run, _ = places["sd"]
+def test_half_precision_rounds_weights_and_keeps_alpha(exported_runs: Any, tmp_path: Path) -> None:
+    _, run, _ = exported_runs["sd"]
     exact = load_file(export(run, tmp_path / "a", "--format", "kohya") / "run.safetensors")
     half = load_file(export(run, tmp_path / "b", "--format", "kohya", "--precision", "float16") / "run.safetensors")
     for name, value in exact.items():
         assert torch.equal(half[name], value if name.endswith(".alpha") else value.half())
 
 
-def test_exporting_twice_gives_the_same_file(places: Any, tmp_path: Path) -> None:
+def test_exporting_twice_gives_the_same_file(exported_runs: Any, tmp_path: Path) -> None:
     """Up to the order of the header's entries, which safetensors leaves open."""
-    _, run, _ = places["sd3"]
+    _, run, _ = exported_runs["sd3"]
     files = [export(run, tmp_path / name, "--format", "kohya") / "run.safetensors" for name in "ab"]
     start = 8 + int.from_bytes(files[0].read_bytes()[:8], "little")
     assert files[0].read_bytes()[start:] == files[1].read_bytes()[start:]
@@ -343,115 +302,6 @@ def test_a_trained_run_and_its_checkpoint(
     assert said(["export", "adapter-alone", "--model", "model", "--out", "alone"], capsys).code == 0
     alone, whole = (load_file(Path(name, LORA_FILE)) for name in ("alone", "r/export-diffusers"))
     assert all(torch.equal(alone[name], whole[name]) for name in whole)
-
-
-# What is refused.
-
-
-def resave(run: Path, **metadata: str) -> None:
-    file = run / "adapter" / LORA_FILE
-    with safe_open(str(file), framework="pt") as opened:
-        tensors, header = {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata()  # noqa: SIM118
-    save_file(tensors, file, header | metadata)
-
-
-def poison(run: Path) -> None:
-    tensors = load_file(run / "adapter" / LORA_FILE)
-    with safe_open(str(run / "adapter" / LORA_FILE), framework="pt") as opened:
-        header = opened.metadata()
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, run / "adapter" / LORA_FILE, header)
-
-
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "has no trained weights"),
-    "empty adapter": (lambda run: (run / "adapter" / LORA_FILE).unlink(), "has no trained weights"),
-    "not a safetensors file": (lambda run: (run / "adapter" / LORA_FILE).write_text("hello"), ""),
-    "no rank": (lambda run: resave(run, lora_adapter_metadata="{}"), "not of rank 8"),
-    "broken rank": (lambda run: resave(run, lora_adapter_metadata="[1"), ""),
-    "a list for a rank": (lambda run: resave(run, lora_adapter_metadata="[]"), ""),
-    "unknown setting": (lambda run: resave(run, lora_adapter_metadata='{"unet.beta": 1}'), "beta"),
-    "not a number": (poison, "infinite or NaN"),
-    "config is no YAML": (lambda run: (run / "config.yaml").write_text("a: [1"), "is not YAML"),
-    "config is a list": (lambda run: (run / "config.yaml").write_text("- 1"), "holds no settings"),
-    "config without a model": (lambda run: (run / "config.yaml").write_text("method: ddpo"), "give --model"),
-    "model is gone": (lambda run: (run / "config.yaml").write_text("model: nowhere"), "there is no model"),
-    "model is a number": (lambda run: (run / "config.yaml").write_text("model: 3"), "give --model"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_run_is_one_sentence_and_nothing_is_written(
-    name: str, places: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(places["sd"][1], tmp_path / "run")
-    change, expected = BROKEN[name]
-    change(tmp_path / "run")
-    result = said(["export", str(tmp_path / "run"), "--out", str(tmp_path / "deep" / "out")], capsys)
-    assert result.code == 2, result
-    assert result.err.count("\n") == 1 and result.err.startswith("tropism: ") and "Traceback" not in result.err
-    assert any(word in result.err for word in expected.split("|"))
-    assert not (tmp_path / "deep").exists()
-
-
-@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), cut=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-def test_damaged_weights_are_refused_or_read_whole(
-    place: float, byte: int, cut: bool, places: Any, tmp_path_factory: Any, capsys: Any
-) -> None:
-    run = tmp_path_factory.mktemp("damaged") / "run"
-    shutil.copytree(places["sd"][1], run)
-    file = run / "adapter" / LORA_FILE
-    content = bytearray(file.read_bytes())
-    at = int(place * len(content))
-    content[at] = byte
-    file.write_bytes(content[:at] if cut else content)
-    out = run.parent / "out"
-    result = said(["export", str(run), "--format", "kohya", "--out", str(out)], capsys)
-    assert result.code == (0 if out.exists() else 2), result
-    assert result.err.count("\n") == (0 if out.exists() else 1) and "Traceback" not in result.err
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--merge", "--format", "peft"], "merge is given with format peft"),
-        (["--format", "onnx"], "format is 'onnx'"),
-        (["--precision", "int8"], "precision is 'int8'"),
-        (["--model", "nowhere"], "there is no model"),
-        (["--model", "nowhere:net"], "export knows"),
-    ],
-)
-def test_what_cannot_be_done_is_said(
-    words: list[str], sentence: str, places: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = said(["export", str(places["sd"][1]), "--out", str(tmp_path / "out"), *words], capsys)
-    assert result.code == 2 and sentence in result.err and result.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_full_run_has_no_lora(places: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path / "run", places["sd"][0], full=True)
-    result = said(["export", str(tmp_path / "run"), "--format", "kohya"], capsys)
-    assert result.code == 2 and "--merge" in result.err
-    assert not list((tmp_path / "run").glob("export*"))
-
-
-def test_a_disk_that_is_full_leaves_nothing(
-    places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tropism.export.save_file", full)
-    result = said(["export", str(places["sd"][1]), "--out", str(tmp_path / "deep" / "out")], capsys)
-    assert result.code == 1 and "could not be written" in result.err
-    assert not (tmp_path / "deep").exists()
-
-
-def test_no_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "run is not given" in said(["export"], capsys).err
-    assert "there is no such folder" in said(["export", "nowhere"], capsys).err
 
 
 def test_a_checkpoint_of_averaged_weights(

@@ -92,11 +92,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of such a CLIP to start from; none: random weights")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build(tokenizer).eval()
+    model = (CLIPModel.from_pretrained(args.start, dtype=torch.float32) if args.start else build(tokenizer)).eval()
     stepper = Stepper(model, args.lr, args.steps, decay=0.998)
     first = stepper.load(args.out)
     master, log = Master(model), Log(args.out)
