@@ -24,8 +24,7 @@ from tropism.models.token_gpt import load_tokens
 from tropism.policy import Policy
 from tropism.samplers import solver
 from tropism.worlds.scenes import captions, parse, verify_batch
-
-KINDS = ("single", "count", "pair")
+from tropism.worlds.scenes.grammar import KINDS
 
 
 def row(name: str, draw: Callable[[list[str]], Tensor], texts: list[str], calls: int, batch: int) -> Tensor:
@@ -37,7 +36,7 @@ def row(name: str, draw: Callable[[list[str]], Tensor], texts: list[str], calls:
     verdicts = verify_batch(images.numpy(), texts)
     kinds = [parse(text).kind for text in texts]
     held = {kind: [v.passed for v, own in zip(verdicts, kinds, strict=True) if own == kind] for kind in KINDS}
-    rates = " ".join(f"{kind} {sum(found)}/{len(found)}" for kind, found in held.items())
+    rates = " ".join(f"{kind} {sum(found)}/{len(found)}" for kind, found in held.items() if found)
     score = sum(v.score for v in verdicts) / len(verdicts)
     passed = sum(v.passed for v in verdicts) / len(verdicts)
     print(f"{name:24} passed {passed:.3f} ({rates}), score {score:.3f}, {calls} calls, {seconds:.4f} s", flush=True)
@@ -60,8 +59,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--students", type=Path, nargs="*", default=[], help="folders of runs of dd1 or dd2")
+    parser.add_argument("--moves", type=int, nargs="+", help="of students; none: those that each was made for")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=KINDS, help="of the captions")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chain", action="store_true", help="time the teacher without cached keys too, on one batch")
@@ -69,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, generator = load_tokens(options.model.expanduser()), torch.Generator().manual_seed(options.seed)
-    texts, shown = captions(options.count, options.seed, "held_out"), list[Tensor]()
+    texts, shown = captions(options.count, options.seed, "held_out", options.kind), list[Tensor]()
     print(f"batches of {options.batch}, one thread; decoding alone {decoding(model, options.batch):.4f} s", flush=True)
 
     for scale in options.guidance:
@@ -87,11 +88,13 @@ def main() -> None:
         row("teacher, chain, w = 1", lambda some: plain.images(some, generator), part, model.steps, options.batch)
     for folder in options.students:
         student = with_adapter(load_tokens(options.model.expanduser()), folder.expanduser() / "adapter")
-        policy = Policy(student, solver(student.denoiser), student.steps, microbatch=options.batch)
-        said = row(
-            folder.name, lambda some, own=policy: own.images(some, generator), texts, student.steps, options.batch
-        )
-        shown.append(said)
+        for moves in options.moves or [student.steps]:
+            policy = Policy(student, solver(student.denoiser), moves, microbatch=options.batch)
+
+            def said(some: list[str], policy: Policy = policy) -> Tensor:
+                return policy.images(some, generator)
+
+            shown.append(row(f"{folder.name}, {moves} moves", said, texts, moves, options.batch))
     if options.sheet:
         rows = [torch.cat([*images[:12]], dim=-1) for images in shown]
         pixels = (torch.cat(rows, dim=-2).permute(1, 2, 0) * 255).round().byte().numpy()

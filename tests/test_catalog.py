@@ -157,4 +157,8 @@ def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert catalog.check_model("scenes-sd") == tmp_path / "sd"
     assert catalog.own_rewards("scenes") == ["scenes"]
     assert catalog.own_prompts("scenes-flow", held_out=True) == "scenes-held-out"
+    assert catalog.own_prompts("scenes-tokens", held_out=True) == "scenes-held-out-single"
+    assert catalog.own_prompts("scenes-tokens", held_out=False) == "scenes-single"
+    with pytest.raises(BadInput, match=r"scenes-tokens is not in this installation"):
+        catalog.load_model("scenes-tokens", torch.float32, torch.device("cpu"))
     assert catalog.own_prompts("owner/model", held_out=False) is None

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 
 from tropism.distillation import Before
 from tropism.distillation.tokens import mapped, samples
-from tropism.models.image_tokens import ImageTokens
+from tropism.models.image_tokens import ImageTokens, chain_model
 from tropism.models.token_gpt import TokenGPT, Words, load_tokens
 from tropism.models.tokenizer import Tokenizer, fsq, fsq_codes
 from tropism.policy import Policy
@@ -116,6 +116,17 @@ def test_later_tokens_are_not_seen():
     assert torch.equal(net.logits(x, cond)[:, :4], net.logits(other, cond)[:, :4])
     assert torch.allclose(net.flow(x, drawn, x, t, cond)[:, :3], net.flow(other, drawn, other, t, cond)[:, :3])
     assert not torch.allclose(net.flow(x, drawn, x, t, cond), net.flow(x, ~drawn, x, t, cond)) or not net.noisy.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("toy", [False, True])
+def test_a_mean_alone_is_that_beside_the_logits(toy):
+    model = chain_model() if toy else ImageTokens(network(), lambda prompts: told(len(prompts)), lambda x: x)
+    length, dimension = model.latent_shape
+    cond = model.encode(["sticky"] * 3)
+    x = torch.randn(3, length, dimension, generator=torch.Generator().manual_seed(0))
+    drawn, t = torch.tensor([[True], [False], [True]]).expand(3, length), torch.rand(3, length)
+    torch.testing.assert_close(model.mean(x, drawn, x, t, cond), model.flow(x, drawn, x, t, cond)[0], rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

@@ -12,8 +12,11 @@ from diffusers import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, Sta
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tropism import catalog
+from tropism.distillation.tokens import samples
 from tropism.evaluate import deterministic
 from tropism.models.pipelines import load_pipeline
+from tropism.policy import Policy
+from tropism.samplers import solver
 from tropism.worlds import moving
 from tropism.worlds.scenes import alter, caption, captions, render_batch, sample_scene, verify_batch
 
@@ -22,7 +25,7 @@ both = pytest.mark.parametrize("folder", [SD, FLOW], ids=["sd", "flow"])
 LIMIT = 30 * 2**20  # bytes of one shipped folder
 
 
-@pytest.mark.parametrize("name", ["sd", "flow", "lcm", "dmd", "clips", "clip", "ip"])
+@pytest.mark.parametrize("name", ["sd", "flow", "lcm", "dmd", "clips", "clip", "ip", "tokens"])
 def test_a_shipped_folder_is_small_and_has_nothing_pickled(name):
     files = [file for file in (catalog.WEIGHTS / name).rglob("*") if file.is_file()]
     assert 0 < sum(file.stat().st_size for file in files) <= LIMIT
@@ -109,6 +112,20 @@ def test_clips_are_right_about_half_the_time():
     strips = deterministic(model, 12, None, 12).images(texts, torch.Generator().manual_seed(0))
     passed = sum(verdict.passed for verdict in moving.verify_batch(strips.float().numpy(), texts))
     assert passed >= 3, f"{passed} of 12"
+
+
+def test_image_tokens_are_right_more_often_than_not():
+    """60 % of 336 are; that 16 or fewer of 40 would be is a chance of 1 in 100."""
+    model, texts = (
+        catalog.load_model("scenes-tokens", torch.float32, torch.device("cpu")),
+        captions(40, 1, "held_out", kinds=("single",)),
+    )
+    assert (model.steps, model.guidance_scale) == (64, 2.0)
+    policy = Policy(model, solver(model.denoiser), model.steps)
+    with torch.no_grad():
+        images = model.decode(samples(policy, texts, torch.Generator().manual_seed(0))).clamp(0, 1)
+    passed = sum(verdict.passed for verdict in verify_batch(images.numpy(), texts))
+    assert passed > 16, f"{passed} of 40"
 
 
 def test_the_clip_prefers_the_caption_of_a_picture():

@@ -90,8 +90,8 @@ class TrainSettings(HealthSettings):
     """Settings of every training run, whatever the method."""
 
     model: str = "scenes"
-    """scenes, scenes-sd, scenes-flow, -lcm or -dmd, melodies, a diffusers folder, a hub name (owner/model), or
-    MODULE:FUNCTION."""
+    """scenes, scenes-sd, scenes-flow, -lcm, -dmd, -clips or -tokens, melodies, a diffusers folder, a hub name
+    (owner/model), or MODULE:FUNCTION."""
     reward: list[str] = field(default_factory=list)
     """One or more of NAME, NAME:SOURCE or MODULE:FUNCTION, each with =WEIGHT if wanted; none: the model's own."""
     reward_cache: str | None = None
@@ -167,8 +167,8 @@ class PickSettings(DeviceSettings):
     """Which model draws, and how."""
 
     model: str = "scenes"
-    """scenes, scenes-sd, scenes-flow, -lcm or -dmd, melodies, a diffusers folder, a hub name (owner/model), or
-    MODULE:FUNCTION."""
+    """scenes, scenes-sd, scenes-flow, -lcm, -dmd, -clips or -tokens, melodies, a diffusers folder, a hub name
+    (owner/model), or MODULE:FUNCTION."""
     adapter: str | None = None
     """Folder of a run, of its adapter or of a checkpoint; none: the model as it is."""
     seed: int = 0

@@ -2,6 +2,8 @@
 
 Contrastive (2103.00020) with hard negatives: beside the captions of the batch, every picture is compared with a caption
 of its own that differs in one attribute. Pictures get noise and blur, so that the score does not hang on fine texture.
+With --shapes a linear head must also read from a picture's embedding which shapes are in it, for an adapter that has
+nothing but a linear map.
 
     python recipes/scenes/clip.py --out ~/scenes-weights/clip
 """
@@ -10,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from common import Log
 from fit import Master, Stepper
 from text import build_tokenizer, text_config, tokenize
-from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
-from tropism.worlds.scenes.grammar import alter, caption, sample_scene
+from tropism.worlds.scenes.grammar import SHAPES, alter, caption, parse, sample_scene
 from tropism.worlds.scenes.render import render_batch
 
 WIDTH = 128
@@ -77,6 +80,20 @@ def contrastive(vision: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Te
     return (cross_entropy(logits, target) + cross_entropy(back, target)) / 2
 
 
+class Read(nn.Module):
+    """The CLIP, and a linear head over its pictures; they are stepped together."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip, self.shapes = clip, nn.Linear(WIDTH, len(SHAPES))
+
+    def missed(self, vision: Tensor, texts: list[str]) -> Tensor:
+        """Cross-entropy of which shapes are in pictures of unit embeddings (N, D), in nats a picture."""
+        wanted = [[any(group.shape == shape for group in parse(text).groups) for shape in SHAPES] for text in texts]
+        said = self.shapes((vision * WIDTH**0.5).to(self.shapes.weight)).float()
+        return binary_cross_entropy_with_logits(said, torch.tensor(wanted).float(), reduction="sum") / len(texts)
+
+
 @torch.no_grad()
 def accuracy(model: CLIPModel, tokenizer: object, count: int = 512) -> float:
     """How often a held-out picture is closer to its caption than to one that differs in one attribute."""
@@ -93,29 +110,32 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="folder of such a CLIP to start from; none: random weights")
+    parser.add_argument("--shapes", type=float, default=0.0, help="weight of a linear head that reads shapes")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = (CLIPModel.from_pretrained(args.start, dtype=torch.float32) if args.start else build(tokenizer)).eval()
-    stepper = Stepper(model, args.lr, args.steps, decay=0.998)
+    read = Read(model)
+    stepper = Stepper(read, args.lr, args.steps, decay=0.998)
     first = stepper.load(args.out)
-    master, log = Master(model), Log(args.out)
-    master.network.set_attn_implementation("eager")  # the fused kernel's backward is slow on a CPU
+    master, log = Master(read), Log(args.out)
+    network: Any = master.network.clip
+    network.set_attn_implementation("eager")  # the fused kernel's backward is slow on a CPU
     for step in range(first, args.steps):
         images, right, wrong = draw(np.random.default_rng([args.seed, step]), args.batch, "train")
         generator = torch.Generator().manual_seed(args.seed * 10**7 + step)
         pixels = ((roughen(images, generator) - MEAN) / STD).bfloat16()
-        vision, text = embed(master.network, pixels, tokenize(tokenizer, right + wrong))
+        vision, text = embed(network, pixels, tokenize(tokenizer, right + wrong))
         same = torch.tensor([[a == b for b in right] for a in right]).fill_diagonal_(False)
-        scale = master.network.logit_scale.float().exp().clamp(max=100)
-        value = contrastive(vision, text, scale, same)
+        scale = network.logit_scale.float().exp().clamp(max=100)
+        value = contrastive(vision, text, scale, same) + args.shapes * master.network.missed(vision, right)
         value.backward()
         stepper.step(master, step)
         if (step + 1) % 100 == 0:
             log(step=step + 1, loss=round(value.item(), 4), accuracy=accuracy(model, tokenizer))
             stepper.save(args.out, step + 1)
-    stepper.average.copy_to(model)
+    stepper.average.copy_to(read)
     log(step=args.steps, accuracy=accuracy(model, tokenizer, 4000))
     final = args.out / "final"
     model.half().save_pretrained(final)

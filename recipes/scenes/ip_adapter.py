@@ -11,13 +11,17 @@ where keys and values start as those of the text. Matrices are stepped by Muon, 
 
     python recipes/scenes/ip_adapter.py --out ~/scenes-weights/ip
 
-The pipeline and the CLIP are the installed ones.
+The pipeline is the installed one. Its adapter has a CLIP of its own, which tells shapes better than the reward does:
+
+    python recipes/scenes/clip.py --start CLIP --out ~/scenes-weights/clip-2 --steps 1600 --seed 5
+    python recipes/scenes/ip_adapter.py --clip ~/scenes-weights/clip-2/final --out ~/scenes-weights/ip
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +44,8 @@ from tropism.models.image_prompts import Relevant, by_relevance, read_adapter
 from tropism.worlds.scenes import BACKGROUNDS, SHAPES, SIZES, Group, Scene, caption, render_batch, sample_scene
 from tropism.worlds.scenes.grammar import split_of
 
-FORMS = {"all": 0.2, "shapes": 0.3, "colors": 0.3, "nothing": 0.2}  # shares of captions, by what they say of objects
-SAID = {"image_encoder": "../clip", "style": "up_blocks.0.attentions.1"}  # where its CLIP lies, and what a probe found
+FORMS = {"all": 0.15, "shapes": 0.25, "colors": 0.4, "nothing": 0.2}  # shares of captions, by what they say of objects
+SAID = {"style": "up_blocks.0.attentions.1"}  # what a probe found
 DROPPED = 0.1  # share of references that are left out, for guidance
 File = dict[str, dict[str, Tensor]]
 
@@ -209,10 +213,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="an adapter to start from; none: see above")
+    parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip", help="folder of the CLIP that sees references")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "sd", dtype=torch.float32)
-    clip = CLIPVisionModelWithProjection.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
+    clip = CLIPVisionModelWithProjection.from_pretrained(args.clip, dtype=torch.float32)
     log, cached = Log(args.out), args.out / "encoded.safetensors"
     if not cached.exists():
         save_file(encoded(pipe, clip, args.count, args.seed), cached)
@@ -241,7 +246,7 @@ def main() -> None:
 
     learn(args, stepper, master, log, first, len(data["latents"]), loss, said=50, saved=200)
     stepper.average.copy_to(adapter)
-    (args.out / "final").mkdir(exist_ok=True)
+    shutil.copytree(args.clip, args.out / "final" / "image_encoder", dirs_exist_ok=True)
     save_file(written(unet), args.out / "final" / "ip_adapter.safetensors", SAID)
 
 

@@ -1,4 +1,4 @@
-"""Make the shipped scenes weights again, from nothing: autoencoder, latents, pipelines, CLIP, IP-Adapter. Resumable.
+"""Make the shipped scenes weights again, from nothing: autoencoder, pipelines, CLIP, IP-Adapter, tokens. Resumable.
 
     python recipes/scenes/make.py --work ~/scenes-weights
 
@@ -19,6 +19,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "tropism" / "worlds" / "scenes" / "weights"
 LONGER = ["--steps", "5000", "--lr", "1.2e-3", "--seed", "1"]  # the flow's second warm-up and decay: see docs/scenes.md
+MORE, SHAPES = (  # of the CLIP that sees references of image prompts
+    ["--steps", "1600", "--seed", "5"],
+    ["--steps", "900", "--seed", "6", "--shapes", "0.3"],
+)
 GUIDED = {"guidance_scale": 3.0, "steps": 20}
 DEFAULTS = {"sd": GUIDED, "flow": GUIDED, "clips": {**GUIDED, "base": "../sd"}}
 
@@ -27,6 +31,9 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
     """(what a stage makes, its command), in order."""
     vae, latents, first = work / "vae" / "final", work / "latents.safetensors", work / "flow-first"
     data = ["--latents", str(latents), "--vae", str(vae)]
+    singles, tokens = str(work / "singles.safetensors"), str(work / "tokens")
+    grid = ["--latents", singles, "--out", tokens, "--kind", "single"]
+    clips = [work / name for name in ("clip", "clip-longer", "clip-shapes")]
     return [
         (vae / "config.json", ["vae.py", "--out", str(work / "vae"), "--steps", "3000"]),
         (latents, ["latents.py", "--vae", str(vae), "--out", str(latents)]),
@@ -42,8 +49,21 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
         (work / "lcm/pipeline/model_index.json", ["few.py", "--out", str(work / "lcm")]),
         (work / "dmd/pipeline/model_index.json", ["one.py", "--out", str(work / "dmd")]),
         (work / "motion/pipeline/model_index.json", ["motion.py", "--out", str(work / "motion")]),
-        (work / "clip/final/config.json", ["clip.py", "--out", str(work / "clip"), "--steps", "1400"]),
-        (work / "ip/final/ip_adapter.safetensors", ["ip_adapter.py", "--out", str(work / "ip")]),
+        (clips[0] / "final/config.json", ["clip.py", "--out", str(clips[0]), "--steps", "1400"]),
+        *(
+            (out / "final/config.json", ["clip.py", "--start", str(start / "final"), "--out", str(out), *rest])
+            for start, out, rest in zip(clips, clips[1:], (MORE, SHAPES), strict=False)
+        ),
+        (
+            work / "ip/final/ip_adapter.safetensors",
+            ["ip_adapter.py", "--clip", str(clips[-1] / "final"), "--out", str(work / "ip")],
+        ),
+        (
+            Path(singles),
+            ["latents.py", "--vae", str(vae), "--kind", "single", "--count", "50000", "--out", singles],
+        ),
+        (work / "tokens/final/tokenizer/config.json", ["tokens.py", "tokenizer", *grid]),
+        (work / "tokens/final/tokens.json", ["tokens.py", "network", *grid]),
     ]
 
 
@@ -57,6 +77,7 @@ def install(work: Path) -> None:
         "clips": "motion/pipeline",
         "clip": "clip/final",
         "ip": "ip/final",
+        "tokens": "tokens/final",
     }
     for name, source in made.items():
         if not (work / source).is_dir():
@@ -68,6 +89,10 @@ def install(work: Path) -> None:
             if file.name == "config.json":  # diffusers notes where a part was loaded from
                 facts = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
                 file.write_text(json.dumps(facts, indent=2) + "\n")
+        if name == "tokens":
+            shutil.rmtree(PACKAGE / name / "vae")  # it is the flow's
+            told = json.loads((PACKAGE / name / "tokens.json").read_text())
+            (PACKAGE / name / "tokens.json").write_text(json.dumps({**told, "vae": "../flow/vae"}, indent=1))
         if name in DEFAULTS:
             (PACKAGE / name / "tropism.json").write_text(json.dumps(DEFAULTS[name]) + "\n")
 

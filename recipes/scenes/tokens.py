@@ -1,15 +1,16 @@
 """Train the image-token model of scenes: a tokenizer over the shipped autoencoder's latents, then a small causal
 transformer over its tokens.
 
-    python recipes/scenes/latents.py --vae FLOW/vae --out ~/scenes-weights/latents.safetensors
-    python recipes/scenes/tokens.py tokenizer --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
-    python recipes/scenes/tokens.py network --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
-    python recipes/scenes/tokens.py check --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
-    python recipes/scenes/tokens.py nats --latents ~/scenes-weights/latents.safetensors --out ~/scenes-tokens
+    python recipes/scenes/latents.py --vae FLOW/vae --kind single --count 50000 --out singles.safetensors
+    python recipes/scenes/tokens.py tokenizer --latents singles.safetensors --out ~/scenes-tokens --kind single
+    python recipes/scenes/tokens.py network --latents singles.safetensors --out ~/scenes-tokens --kind single
+    python recipes/scenes/tokens.py check --latents singles.safetensors --out ~/scenes-tokens --kind single
+    python recipes/scenes/tokens.py nats --latents singles.safetensors --out ~/scenes-tokens --kind single
 
-FLOW is the folder of scenes-flow (``tropism.catalog.WEIGHTS / "flow"``). Both trainings go on from what was saved;
-check says what the tokenizer loses: PSNR, and the share of held-out captions that the verifier passes on pictures that
-went through it. nats sets the network's cross-entropy on held-out pictures beside entropies of the tokens.
+FLOW is the folder of scenes-flow (``tropism.catalog.WEIGHTS / "flow"``). The model is in the folder ``final`` of --out.
+Both trainings go on from what was saved; check says what the tokenizer loses: PSNR, and the share of held-out captions
+that the verifier passes on pictures that went through it. nats sets the network's cross-entropy on held-out pictures
+beside entropies of the tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tropism.models.tokenizer import Tokenizer, psnr
 from tropism.worlds.scenes import parse, verify_batch, words
 
 SAVE_EVERY = 250
+DEFAULTS = {"tokenizer": (2000, 64), "network": (4500, 32)}  # steps and batch
 
 
 def arguments() -> argparse.Namespace:
@@ -41,16 +43,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("part", choices=["tokenizer", "network", "check", "nats"])
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, help="none: 2,000 of the tokenizer, 4,500 of the network")
+    parser.add_argument("--batch", type=int, help="none: 64 for the tokenizer, 32 for the network")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--levels", type=int, nargs="+", default=[5, 5, 5, 5])
+    parser.add_argument("--levels", type=int, nargs="+", default=[7, 5, 5, 5, 5])
     parser.add_argument("--width", type=int, default=128, help="of the network")
     parser.add_argument("--layers", type=int, default=4, help="of the network")
     parser.add_argument("--average", type=float, default=0.99, help="decay of the network's average")
     parser.add_argument("--kind", choices=KINDS, help="of the captions that check and nats draw; a mixture without it")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    steps, batch = DEFAULTS.get(args.part, (0, 0))
+    args.steps, args.batch = args.steps or steps, args.batch or batch
+    args.final = args.out / "final"
+    return args
 
 
 def tokenizer_loss(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_state(folder, step + 1, *state)
     average.copy_to(tokenizer)
-    tokenizer.save(args.out / "tokenizer")
+    tokenizer.save(args.final / "tokenizer")
 
 
 @torch.no_grad()
@@ -107,7 +113,7 @@ def network_loss(network: TokenGPT, tokens: Tensor, told: Tensor) -> Tensor:
 def train_network(args: argparse.Namespace) -> None:
     """bf16 network over float32 weights, as the other pipelines of scenes; a tenth of the captions is dropped."""
     torch.manual_seed(args.seed)
-    tokenizer, data, known = Tokenizer.load(args.out / "tokenizer"), load_file(args.latents), words()
+    tokenizer, data, known = Tokenizer.load(args.final / "tokenizer"), load_file(args.latents), words()
     tokens = indices(tokenizer, data["latents"])
     texts = build_tokenizer().batch_decode(data["ids"].long(), skip_special_tokens=True)
     network = TokenGPT(len(known) + 1, levels=tokenizer.levels, width=args.width, layers=args.layers)
@@ -128,10 +134,10 @@ def train_network(args: argparse.Namespace) -> None:
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             stepper.save(folder, step + 1)
     stepper.average.copy_to(network)
-    network.save(args.out / "network")
-    AutoencoderTiny.from_pretrained(WEIGHTS / "flow" / "vae").save_pretrained(args.out / "vae")
+    network.save(args.final / "network")
+    AutoencoderTiny.from_pretrained(WEIGHTS / "flow" / "vae").save_pretrained(args.final / "vae")
     facts = {"words": list(known), "vae": "vae", "guidance_scale": 2.0}
-    (args.out / "tokens.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (args.final / "tokens.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -140,7 +146,7 @@ def check(args: argparse.Namespace) -> None:
     vae = AutoencoderTiny.from_pretrained(WEIGHTS / "flow" / "vae")
     shown, texts = draw(np.random.default_rng(7), 300, "held_out", args.kind)
     images = to_tensor(shown) / 2 + 0.5
-    both = Pictures(Tokenizer.load(args.out / "tokenizer"), vae)
+    both = Pictures(Tokenizer.load(args.final / "tokenizer"), vae)
     plain = vae.decode(vae.encode(images * 2 - 1).latents).sample / 2 + 0.5
     tokens = both.latents(images)
     for name, found in {"as drawn": images, "autoencoder": plain, "tokens": both.decode(tokens)}.items():
@@ -169,7 +175,7 @@ def entropies(tokens: Tensor, count: int) -> tuple[float, float, float]:
 @torch.no_grad()
 def nats(args: argparse.Namespace) -> None:
     """Nats a token of 512 held-out pictures by the network, with captions and without, and entropies of the tokens."""
-    model = load_tokens(args.out)
+    model = load_tokens(args.final)
     shown, texts = draw(np.random.default_rng(8), 512, "held_out", args.kind)
     images = to_tensor(shown) / 2 + 0.5
     codes = torch.cat([model.latents(part) for part in images.split(128)])
@@ -177,7 +183,7 @@ def nats(args: argparse.Namespace) -> None:
     for name, prompts in {"captions": texts, "no captions": [""] * len(texts)}.items():
         logits = model.logits(codes, model.encode(prompts))
         print(f"{name}: {float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())):.4f} nats a token")
-    trained = indices(Tokenizer.load(args.out / "tokenizer"), load_file(args.latents)["latents"])
+    trained = indices(Tokenizer.load(args.final / "tokenizer"), load_file(args.latents)["latents"])
     found = entropies(trained, len(model.codes))
     print(
         "entropies of all training tokens: alike {:.3f}, by position {:.3f}, after the one before {:.3f}".format(*found)

@@ -26,8 +26,16 @@ SHIPPED: Mapping[str, str] = {
     "scenes-clips": "clips",
 }
 MELODIES = Path(__file__).parents[1] / "worlds" / "melodies" / "weights" / "melodies.safetensors"
-BUILT: Mapping[str, str] = {"melodies": "tropism.catalog.models:melodies"}  # names of functions
-WORLDS: Mapping[str, str] = {**dict.fromkeys(SHIPPED, "scenes"), "scenes-clips": "moving", "melodies": "melodies"}
+BUILT: Mapping[str, str] = {  # names of functions
+    "scenes-tokens": "tropism.catalog.models:scenes_tokens",
+    "melodies": "tropism.catalog.models:melodies",
+}
+WORLDS: Mapping[str, str] = {
+    **dict.fromkeys([*SHIPPED, "scenes-tokens"], "scenes"),
+    "scenes-clips": "moving",
+    "melodies": "melodies",
+}
+ONLY: Mapping[str, str] = {"scenes-tokens": "single"}  # the kind of captions that a model was made for, if not for all
 
 
 def world_of(model: str) -> str | None:
@@ -77,6 +85,17 @@ def melodies() -> Trainable:
     if not MELODIES.is_file():
         raise BadInput(f"the weights of melodies are not in this installation ({MELODIES}); reinstall tropism")
     return load_melodies(MELODIES, lambda text: score(text, FRAMES_A_BEAT))
+
+
+def scenes_tokens() -> Trainable:
+    """The model of image tokens that ships with the scenes world: single objects. Raises BadInput where its weights are
+    missing."""
+    from tropism.models.token_gpt import load_tokens
+
+    try:
+        return load_tokens(WEIGHTS / "tokens")
+    except ValueError as error:
+        raise BadInput(f"scenes-tokens is not in this installation ({error}); reinstall tropism") from error
 
 
 def load_model(

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropism.catalog.models import world_of
+from tropism.catalog.models import ONLY, world_of
 from tropism.config import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ MOVING_PROMPTS = re.compile(r"moving(?P<held>-held-out)?(?::(?P<count>\d+))?")
 def own_prompts(model: str, held_out: bool) -> str | None:
     """The name of the prompts that a model was made for; None when there are none."""
     world = world_of(model)
-    return f"{world}-held-out" if world and held_out else world
+    if world is None:
+        return None
+    return world + "-held-out" * held_out + (f"-{ONLY[model]}" if model in ONLY else "")
 
 
 def read_prompt_set(name: str, field: str = "prompts") -> PromptSet:

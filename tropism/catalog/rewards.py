@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tropism.catalog.models import SHIPPED, WEIGHTS, world_of
+from tropism.catalog.models import WEIGHTS, world_of
 from tropism.config import BadInput, suggest
 from tropism.plugins import load_function
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tropism.base import Reward
 
 SHIPPED_CLIP = "clip"
+CLIP_WORLDS = ("scenes", "moving")  # of whose models it is the reward clip, where none is named
 REMOTE = "http://127.0.0.1:8000"
 
 
@@ -149,7 +150,7 @@ def build_reward(spec: RewardSpec, model: str, device: torch.device) -> Reward:
 
 def _source(spec: RewardSpec, model: str) -> str | None:
     """Where a packaged reward finds its weights: what was said, or for the scenes models the CLIP that ships."""
-    if spec.kind == "clip" and spec.source is None and model in SHIPPED:
+    if spec.kind == "clip" and spec.source is None and world_of(model) in CLIP_WORLDS:
         return str(WEIGHTS / SHIPPED_CLIP)
     return spec.source and os.path.expanduser(spec.source)  # of a URL, Path would drop a slash
 

@@ -28,6 +28,10 @@ class TokenModel(Protocol):
         noise where ``drawn`` (B, L), and from its own noisy point x (B, L, d) at t (B, L)."""
         ...
 
+    def mean(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The mean alone."""
+        ...
+
     def says(self, x: Tensor, drawn: Tensor, cond: Cond) -> Tensor:
         """(B, L, d) all tokens in one pass."""
         ...
@@ -149,9 +153,9 @@ def taught(teacher: Policy, before: Tensor, noisy: Tensor, rows: Tokens, draw: i
     """(N, L, d) the teacher's posterior means of noisy tokens after the codes ``before`` (N, L, d)."""
     logits = teacher.denoiser(before, noisy.new_ones(len(noisy)), rows.cond).x0.to(noisy)
     codes = teacher.kernel.codes.to(noisy)  # type: ignore[attr-defined]
-    return posterior_mean(noisy, rows.times[:, draw].to(noisy), logits.log_softmax(-1), codes)
+    return posterior_mean(noisy, rows.times[:, draw].to(noisy), logits, codes)
 
 
 def believed(model: TokenModel, before: Tensor, noisy: Tensor, rows: Tokens, draw: int) -> Tensor:
     """(N, L, d) a student's means of noisy tokens, of which those ``before`` (N, L, d) are no noise."""
-    return model.flow(before, torch.zeros_like(rows.drawn), noisy, rows.times[:, draw], rows.cond)[0]
+    return model.mean(before, torch.zeros_like(rows.drawn), noisy, rows.times[:, draw], rows.cond)

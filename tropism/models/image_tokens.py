@@ -31,9 +31,10 @@ class TokenNet(Protocol):
         """Codes (B, L, d) -> (B, L, V): of each position, after the codes before it."""
         ...
 
-    def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond, alone: bool = False) -> Tensor:
         """(B, L, d + V): of each position's code, what is believed when tokens ``before`` it (B, L, d) are seen, which
-        are noise where ``drawn`` (B, L), and its own noisy point x (B, L, d) at t (B, L): its mean, and logits."""
+        are noise where ``drawn`` (B, L), and its own noisy point x (B, L, d) at t (B, L): its mean, and logits.
+        ``alone``: the mean (B, L, d) without the logits, which cost the most where codes are many."""
         ...
 
 
@@ -86,9 +87,13 @@ class ImageTokens(OwnModel):
         said = self._asked("flow", before, drawn, x, t, cond)
         return said[..., : self.codes.shape[1]], said[..., self.codes.shape[1] :]
 
+    def mean(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The mean (B, L, d) of ``flow``, without its logits."""
+        return self._asked("flow", before, drawn, x, t, cond, True)
+
     def says(self, x: Tensor, drawn: Tensor, cond: Cond) -> Tensor:
         """(B, L, d) all tokens in one pass, from codes (B, L, d) that are noise where ``drawn`` (B, L)."""
-        return self.flow(x, drawn, x, drawn.to(x), cond)[0]
+        return self.mean(x, drawn, x, drawn.to(x), cond)
 
     def _asked(self, name: str, *values: Any) -> Tensor:
         trained = self._trained
@@ -184,8 +189,8 @@ class ChainNet(nn.Module):
         first: Any = self.initial
         return torch.cat([first.expand(len(x), 1, -1), later], dim=1).to(x)
 
-    def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """(B, L, d + V)."""
+    def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond, alone: bool = False) -> Tensor:
+        """(B, L, d + V), or (B, L, d) ``alone``."""
         rows, length = before.shape[:2]
         seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-1)  # (which, of which position)
         told = torch.cat([before, drawn[..., None].to(before)], dim=-1)[:, None] * seen[..., None].to(before)
@@ -195,7 +200,8 @@ class ChainNet(nn.Module):
         hidden = torch.cat([told.flatten(2), place, x, waves(t, self.count), label], dim=-1)
         for layer in self.layers[:-1]:
             hidden = nn.functional.silu(layer(hidden))
-        return self.layers[-1](hidden)  # type: ignore[no-any-return]
+        said: Tensor = self.layers[-1](hidden)
+        return said[..., : x.shape[-1]] if alone else said
 
 
 STAYS = {"sticky": 0.85, "loose": 0.4}

@@ -74,11 +74,12 @@ class TokenGPT(nn.Module):
         """Codes (B, L, d) -> (B, L, V)."""
         return self.head(self._hidden(self._embedded(x), cond))  # type: ignore[no-any-return]
 
-    def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """(B, L, d + V)."""
+    def flow(self, before: Tensor, drawn: Tensor, x: Tensor, t: Tensor, cond: Cond, alone: bool = False) -> Tensor:
+        """(B, L, d + V), or (B, L, d) ``alone``."""
         seen = self._embedded(before) + drawn[..., None].to(before) * self.noisy
         own = self._embedded(x) + self.told(waves(t.float()).to(x))
-        return self.say(self.mix(self._hidden(seen, cond) + own))  # type: ignore[no-any-return]
+        mixed, asked = self.mix(self._hidden(seen, cond) + own), x.shape[-1] if alone else None
+        return nn.functional.linear(mixed, self.say.weight[:asked], self.say.bias[:asked])
 
     @torch.no_grad()
     def draw(
