@@ -30,7 +30,7 @@ from tropism import pictures
 from tropism.catalog import WEIGHTS
 from tropism.evaluate import deterministic, draw_images
 from tropism.image_prompts import without_content
-from tropism.models.image_prompts import Clip, ImagePrompted, adapted, by_relevance
+from tropism.models.image_prompts import Clip, ImagePrompted, adapted, by_relevance, encoder_folder, read_adapter
 from tropism.worlds.scenes import BACKGROUNDS, SHAPES, Group, Scene, caption, render, sample_scene
 from tropism.worlds.scenes.verify import Found, look
 
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--style", nargs="*", default=[], help="the blocks that the probe found")
     parser.add_argument("--pictures", type=Path, help="a folder")
     options = parser.parse_args()
-    model, clip = load("scenes-sd"), Clip(WEIGHTS / "clip")
+    model, clip = load("scenes-sd"), Clip(encoder_folder(options.adapter, read_adapter(options.adapter)[1]))
     for what in options.what:
         print(f"\n{what}: {options.cases} cases, seeds {options.seeds}, {options.steps} moves")
         {"agreement": agreement, "style": style, "pair": pair}[what](options, model, clip)

@@ -21,7 +21,7 @@ from tropism import catalog
 from tropism.base import WORDS
 from tropism.evaluate import deterministic
 from tropism.image_prompts import relevance, weights, without_content
-from tropism.models.image_prompts import IMAGES, ImagePrompted, adapted, read_adapter
+from tropism.models.image_prompts import IMAGES, ImagePrompted, adapted, encoder_folder, read_adapter
 from tropism.models.pipelines import load_pipeline
 from tropism.steer import steer
 from tropism.worlds.scenes import parse, render
@@ -113,9 +113,9 @@ def test_relevance_carries_no_gradient() -> None:
 def plain_pipeline() -> StableDiffusionPipeline:
     """As any user of diffusers would load it."""
     pipe = StableDiffusionPipeline.from_pretrained(catalog.WEIGHTS / "sd", dtype=torch.float32)
-    pipe.register_modules(feature_extractor=CLIPImageProcessor.from_pretrained(catalog.WEIGHTS / "clip"))
+    pipe.register_modules(feature_extractor=CLIPImageProcessor.from_pretrained(FOLDER / "image_encoder"))
     pipe.load_ip_adapter(
-        str(catalog.WEIGHTS), subfolder="ip", weight_name="ip_adapter.safetensors", image_encoder_folder="./clip"
+        str(catalog.WEIGHTS), subfolder="ip", weight_name="ip_adapter.safetensors", image_encoder_folder="image_encoder"
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -334,7 +334,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     RED.save("a.png")
     Path("text.txt").write_text("no picture")
-    weights, named = load_file(FILE), {"image_encoder": str(catalog.WEIGHTS / "clip")}
+    weights, named = load_file(FILE), {"image_encoder": str(FILE.parent / "image_encoder")}
     save_file(weights, "far.safetensors")
     save_file({"image_proj.proj.weight": weights["image_proj.proj.weight"]}, "half.safetensors")
     save_file({"image_proj.latents": torch.zeros(1), "ip_adapter.1.to_k_ip.weight": torch.zeros(1)}, "plus.safetensors")
@@ -364,7 +364,8 @@ def test_other_models_say_that_they_take_none(
     assert "this model takes no image prompt; take a pipeline of Stable Diffusion" in refused(words, capsys)
 
 
-def test_the_shipped_adapter_is_small_and_names_its_clip() -> None:
+def test_the_shipped_adapter_is_small_and_has_its_clip_beside_it() -> None:
     state, metadata = read_adapter(FILE)
-    assert FILE.stat().st_size <= 3 * 2**20 and metadata["image_encoder"] == "../clip"
+    assert FILE.stat().st_size <= 3 * 2**20 and metadata == {"style": "up_blocks.0.attentions.1"}
+    assert encoder_folder(FILE, metadata) == FILE.parent / "image_encoder"
     assert {value.dtype for part in state.values() for value in part.values()} == {torch.float16}

@@ -9,12 +9,11 @@ Departures: the projection does not start at random but as the least-squares map
 encoder says at four words of the reference's caption (colour, shape, background, end), which saves most of the training
 where keys and values start as those of the text. Matrices are stepped by Muon, as in ``sd.py``.
 
-    python recipes/scenes/ip_adapter.py --out ~/scenes-weights/ip
+    python recipes/scenes/clip.py --start CLIP --out longer --steps 1600 --seed 5
+    python recipes/scenes/clip.py --start longer/final --out shapes --steps 900 --seed 6 --shapes 0.3
+    python recipes/scenes/ip_adapter.py --clip shapes/final --out ip
 
-The pipeline is the installed one. Its adapter has a CLIP of its own, which tells shapes better than the reward does:
-
-    python recipes/scenes/clip.py --start CLIP --out ~/scenes-weights/clip-2 --steps 1600 --seed 5
-    python recipes/scenes/ip_adapter.py --clip ~/scenes-weights/clip-2/final --out ~/scenes-weights/ip
+The pipeline is the installed one; the adapter has a CLIP of its own, which tells shapes better than the reward does.
 """
 
 from __future__ import annotations
@@ -207,8 +206,8 @@ def plain_attention(unet: UNet2DConditionModel) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=350)
-    parser.add_argument("--count", type=int, default=12_000, help="pictures that are drawn and encoded once")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--count", type=int, default=20_000, help="pictures that are drawn and encoded once")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -23,6 +23,7 @@ MORE, SHAPES = (  # of the CLIP that sees references of image prompts
     ["--steps", "1600", "--seed", "5"],
     ["--steps", "900", "--seed", "6", "--shapes", "0.3"],
 )
+ANEW = ["--steps", "1400", "--seed", "1"]  # the adapter's second warm-up and decay
 GUIDED = {"guidance_scale": 3.0, "steps": 20}
 DEFAULTS = {"sd": GUIDED, "flow": GUIDED, "clips": {**GUIDED, "base": "../sd"}}
 
@@ -34,6 +35,7 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
     singles, tokens = str(work / "singles.safetensors"), str(work / "tokens")
     grid = ["--latents", singles, "--out", tokens, "--kind", "single"]
     clips = [work / name for name in ("clip", "clip-longer", "clip-shapes")]
+    seen, adapter = ["--clip", str(clips[-1] / "final")], work / "ip-first/final/ip_adapter.safetensors"
     return [
         (vae / "config.json", ["vae.py", "--out", str(work / "vae"), "--steps", "3000"]),
         (latents, ["latents.py", "--vae", str(vae), "--out", str(latents)]),
@@ -54,9 +56,21 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
             (out / "final/config.json", ["clip.py", "--start", str(start / "final"), "--out", str(out), *rest])
             for start, out, rest in zip(clips, clips[1:], (MORE, SHAPES), strict=False)
         ),
+        (adapter, ["ip_adapter.py", *seen, "--out", str(work / "ip-first")]),
         (
             work / "ip/final/ip_adapter.safetensors",
-            ["ip_adapter.py", "--clip", str(clips[-1] / "final"), "--out", str(work / "ip")],
+            [
+                "ip_adapter.py",
+                *seen,
+                "--start",
+                str(adapter),
+                "--steps",
+                "1400",
+                "--seed",
+                "1",
+                "--out",
+                str(work / "ip"),
+            ],
         ),
         (
             Path(singles),
