@@ -23,8 +23,7 @@ from tropism.models.image_tokens import ImageTokens
 from tropism.models.token_gpt import load_tokens
 from tropism.policy import Policy
 from tropism.samplers import solver
-from tropism.worlds.scenes import captions, parse, verify_batch
-from tropism.worlds.scenes.grammar import KINDS
+from tropism.worlds.scenes import KINDS, captions, parse, verify_batch
 
 
 def row(name: str, draw: Callable[[list[str]], Tensor], texts: list[str], calls: int, batch: int) -> Tensor:

@@ -334,7 +334,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     RED.save("a.png")
     Path("text.txt").write_text("no picture")
-    weights, named = load_file(FILE), {"image_encoder": str(FILE.parent / "image_encoder")}
+    weights, named = load_file(FILE), {"image_encoder": str(FOLDER / "image_encoder")}
     save_file(weights, "far.safetensors")
     save_file({"image_proj.proj.weight": weights["image_proj.proj.weight"]}, "half.safetensors")
     save_file({"image_proj.latents": torch.zeros(1), "ip_adapter.1.to_k_ip.weight": torch.zeros(1)}, "plus.safetensors")
@@ -367,5 +367,5 @@ def test_other_models_say_that_they_take_none(
 def test_the_shipped_adapter_is_small_and_has_its_clip_beside_it() -> None:
     state, metadata = read_adapter(FILE)
     assert FILE.stat().st_size <= 3 * 2**20 and metadata == {"style": "up_blocks.0.attentions.1"}
-    assert encoder_folder(FILE, metadata) == FILE.parent / "image_encoder"
+    assert encoder_folder(FILE, metadata) == FOLDER / "image_encoder"
     assert {value.dtype for part in state.values() for value in part.values()} == {torch.float16}

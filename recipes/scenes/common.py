@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tropism.worlds.scenes.grammar import caption, sample_scene
+from tropism.worlds.scenes.grammar import KINDS, caption, sample_scene
 from tropism.worlds.scenes.render import render_batch
 
-KINDS = ("single", "count", "pair")
 SHARES = (0.34, 0.30, 0.36)  # pairs are the hardest, single objects must be the surest
 
 

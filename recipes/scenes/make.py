@@ -32,10 +32,10 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
     """(what a stage makes, its command), in order."""
     vae, latents, first = work / "vae" / "final", work / "latents.safetensors", work / "flow-first"
     data = ["--latents", str(latents), "--vae", str(vae)]
-    singles, tokens = str(work / "singles.safetensors"), str(work / "tokens")
-    grid = ["--latents", singles, "--out", tokens, "--kind", "single"]
-    clips = [work / name for name in ("clip", "clip-longer", "clip-shapes")]
-    seen, adapter = ["--clip", str(clips[-1] / "final")], work / "ip-first/final/ip_adapter.safetensors"
+    singles = work / "singles.safetensors"
+    grid = ["--latents", str(singles), "--out", str(work / "tokens"), "--kind", "single"]
+    clip, longer, shapes = (work / name for name in ("clip", "clip-longer", "clip-shapes"))
+    seen, adapter = ["--clip", str(shapes / "final")], work / "ip-first/final/ip_adapter.safetensors"
     return [
         (vae / "config.json", ["vae.py", "--out", str(work / "vae"), "--steps", "3000"]),
         (latents, ["latents.py", "--vae", str(vae), "--out", str(latents)]),
@@ -51,31 +51,15 @@ def stages(work: Path) -> list[tuple[Path, list[str]]]:
         (work / "lcm/pipeline/model_index.json", ["few.py", "--out", str(work / "lcm")]),
         (work / "dmd/pipeline/model_index.json", ["one.py", "--out", str(work / "dmd")]),
         (work / "motion/pipeline/model_index.json", ["motion.py", "--out", str(work / "motion")]),
-        (clips[0] / "final/config.json", ["clip.py", "--out", str(clips[0]), "--steps", "1400"]),
-        *(
-            (out / "final/config.json", ["clip.py", "--start", str(start / "final"), "--out", str(out), *rest])
-            for start, out, rest in zip(clips, clips[1:], (MORE, SHAPES), strict=False)
-        ),
+        (clip / "final/config.json", ["clip.py", "--out", str(clip), "--steps", "1400"]),
+        (longer / "final/config.json", ["clip.py", "--start", str(clip / "final"), "--out", str(longer), *MORE]),
+        (shapes / "final/config.json", ["clip.py", "--start", str(longer / "final"), "--out", str(shapes), *SHAPES]),
         (adapter, ["ip_adapter.py", *seen, "--out", str(work / "ip-first")]),
         (
             work / "ip/final/ip_adapter.safetensors",
-            [
-                "ip_adapter.py",
-                *seen,
-                "--start",
-                str(adapter),
-                "--steps",
-                "1400",
-                "--seed",
-                "1",
-                "--out",
-                str(work / "ip"),
-            ],
+            ["ip_adapter.py", *seen, "--start", str(adapter), *ANEW, "--out", str(work / "ip")],
         ),
-        (
-            Path(singles),
-            ["latents.py", "--vae", str(vae), "--kind", "single", "--count", "50000", "--out", singles],
-        ),
+        (singles, ["latents.py", "--vae", str(vae), "--kind", "single", "--count", "50000", "--out", str(singles)]),
         (work / "tokens/final/tokenizer/config.json", ["tokens.py", "tokenizer", *grid]),
         (work / "tokens/final/tokens.json", ["tokens.py", "network", *grid]),
     ]
