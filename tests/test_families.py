@@ -158,7 +158,10 @@ def test_the_command_trains_and_draws(
     assert "height=16, width=16" in card and ("PeftModel.from_pretrained" in card) == ROWS[name].peft
 
 
-def test_a_size_that_is_no_whole_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_size_that_is_no_whole_patch_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     tiny.flux_pipeline().save_pretrained(tmp_path / "model")
     words = train_words(model=str(tmp_path / "model"), prompts="scenes:4", image_size=["18", "16"])
     assert "image_size (18, 16) must be two positive multiples of 4 pixels" in refused(words, capsys)
