@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 
-def needed(curve: Iterable[tuple[int, float]], goal: float) -> float:
+def needed(curve: Iterable[tuple[float, float]], goal: float) -> float:
     """The count of the first (count, reward) at or above the goal; infinite when there is none."""
     return next((count for count, reward in curve if reward >= goal), math.inf)
 

@@ -99,18 +99,45 @@ def test_the_proxy_learns_differences_in_the_units_of_the_reward() -> None:
     model, generator = toy(), torch.Generator().manual_seed(0)
     policy = lcm.Settings().student(model, "consistency")
     proxy = Proxy(policy, 400, 0, 1e-2, generator)
-    latents, cond = torch.randn(256, 2, generator=generator), model.encode(PROMPTS * 32)
+    latents, cond = torch.randn(256, 2, generator=generator), model.encode(PROMPTS[:1] * 256)
     slope = torch.tensor([30.0, -10.0])
     table = Table(latents, cond, latents @ slope + 500, torch.zeros(256, dtype=torch.int64))
     proxy.fit(table)
     assert proxy.updates == 400 and proxy.scale == pytest.approx(float(table.reward.std(correction=0)))
     x = latents[:64].clone().requires_grad_()
-    said = proxy(x, model.encode(PROMPTS * 8))
+    said = proxy(x, model.encode(PROMPTS[:1] * 64))
     apart, wanted = said - said.mean(), table.reward[:64] - table.reward[:64].mean()
     assert (apart - wanted).square().mean().sqrt() < 0.1 * wanted.std()
     (grad,) = torch.autograd.grad(said.sum(), x)
     assert torch.nn.functional.cosine_similarity(grad, slope[None]).mean() > 0.98
     assert proxy.agreement(table) > 0.97
+
+
+def test_equal_rewards_are_no_order_to_be_known() -> None:
+    """A table of ties has no accuracy; with one pair that differs, it is that pair's."""
+    model = toy()
+    proxy = Proxy(lcm.Settings().student(model, "consistency"), 1, 0, 1e-2, torch.Generator().manual_seed(0))
+    latents, cond = torch.eye(4, 2), model.encode(PROMPTS[:1] * 4)
+    p = proxy(latents, cond)
+    group = torch.tensor([0, 0, 1, 1])
+    tied = torch.tensor([1.0, 1.0, 5.0, 5.0])
+    assert math.isnan(proxy.agreement(Table(latents, cond, tied, group)))
+    for right in (True, False):
+        reward = tied.clone()
+        reward[0 if right == bool(p[0] > p[1]) else 1] += 1
+        assert proxy.agreement(Table(latents, cond, reward, group)) == float(right)
+
+
+def test_a_prompt_is_read_once_for_all_of_its_rows() -> None:
+    """Blocks of rows of equal size, and the same numbers as a row each."""
+    net, generator = drawn((4, 8, 8), 16, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    x, tokens = torch.randn(6, 4, 8, 8, generator=generator), torch.randn(3, 7, 16, generator=generator)
+    each = tokens.repeat_interleave(2, 0)
+    torch.testing.assert_close(net(x, tokens), net(x, each), rtol=0, atol=1e-6)
+    assert (net(x, tokens) - net(x, each.flip(0))).abs().max() > 1e-4
+    reward, even = torch.zeros(6), torch.tensor([0, 0, 1, 1, 2, 2])
+    assert torch.equal(Table(x, {"words": each}, reward, even).prompts()["words"], tokens)
+    assert torch.equal(Table(x, {"words": each}, reward, torch.tensor([0, 0, 0, 1, 1, 2])).prompts()["words"], each)
 
 
 def test_only_answers_to_one_prompt_with_scores_are_compared() -> None:

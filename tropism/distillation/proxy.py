@@ -31,7 +31,10 @@ from tropism.randomness import row_generators, row_seeds
 
 
 class LatentNet(nn.Module):
-    """x (B, D) or (B, C, h, w) and prompt tokens (B, L, token) -> (B,): features of the latent ask the prompt."""
+    """x (B, D) or (B, C, h, w) and prompt tokens (P, L, token) -> (B,): features of the latent ask the prompt.
+
+    B is P times n, and the first n rows are of the first prompt.
+    """
 
     def __init__(self, shape: Sequence[int], token: int, width: int = 64) -> None:
         super().__init__()
@@ -48,7 +51,8 @@ class LatentNet(nn.Module):
         """One number a row; tokens are normalised, as encoders differ in size."""
         features = self.body(x).flatten(2).mT if x.ndim > 2 else self.body(x)[:, None]
         key, value = self.keys(F.layer_norm(tokens, tokens.shape[-1:])).chunk(2, -1)
-        heard = F.scaled_dot_product_attention(self.query(features), key, value)
+        query = self.query(features).unflatten(0, (len(tokens), -1)).flatten(1, 2)
+        heard = F.scaled_dot_product_attention(query, key, value).reshape(features.shape)
         hidden = self.head(torch.cat([features, heard], -1))
         return self.last(hidden.mean(1))[:, 0]  # type: ignore[no-any-return]
 
@@ -61,6 +65,12 @@ class Table:
     cond: Cond  # N rows
     reward: Tensor  # (N,) NaN = no score
     group: Tensor  # (N,) only rows of one prompt are compared
+
+    def prompts(self) -> Cond:
+        """``cond`` once a prompt, where each has as many rows as the others; else as it is."""
+        counts = self.group.unique_consecutive(return_counts=True)[1]
+        each = int(counts[0]) if bool((counts == counts[0]).all()) else 1
+        return {name: value[::each] for name, value in self.cond.items()}
 
 
 class Proxy:
@@ -108,8 +118,9 @@ class Proxy:
         if not self.updates:
             self.scale = max(float(reward[~reward.isnan()].std(correction=0)), 1e-8)
         goal = ((reward[i] - reward[j]) / self.scale).sigmoid()
+        seen = self._seen(table.latents, table.prompts())
         for _ in range(self.steps):
-            p = self.net(*self._seen(table.latents, table.cond))
+            p = self.net(*seen)
             loss = F.binary_cross_entropy_with_logits(p[i] - p[j], goal)
             self.adam.zero_grad()
             torch.autograd.backward(loss)
@@ -118,10 +129,10 @@ class Proxy:
 
     @torch.no_grad()
     def agreement(self, table: Table) -> float:
-        """Share of comparable pairs that the proxy orders as the reward does; NaN without any."""
+        """Share of the pairs with unequal rewards that the proxy orders as the reward does; NaN without any."""
         i, j = pairs_of(table)
-        p = self.net(*self._seen(table.latents, table.cond))
-        return float(((p[i] - p[j]) * (table.reward[i] - table.reward[j]) > 0).double().mean())
+        p, apart = self.net(*self._seen(table.latents, table.prompts())), table.reward[i] - table.reward[j]
+        return float(((p[i] - p[j]) * apart > 0)[apart != 0].double().mean())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only: ``updates``, ``scale``, ``net/<name>`` and ``optimizer/<parameter>/<name>``."""
